@@ -1,0 +1,78 @@
+"""Data-parallel training on MNIST: every rank holds the whole model and a share of each batch.
+
+    mpirun -n 8 python examples/mnist_dp.py
+    mpirun -n 8 python examples/mnist_dp.py --model cnn --epochs 3 --data FOLDER
+"""
+
+import argparse
+from time import perf_counter
+
+from mpiml.data import batches, mnist, pixels
+from mpiml.metrics import correct
+from mpiml.nn import Conv2d, Flatten, Linear, MaxPool2d, Sequential
+from mpiml.ops import cross_entropy, relu
+from mpiml.optim import Adam, cosine
+from mpiml.parallel import Grid, Watch, evaluate, gradient, place, progress
+
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("--epochs", type=int, default=5)
+parser.add_argument("--batch", type=int, default=128, help="samples per step, over all ranks (default %(default)s)")
+parser.add_argument("--lr", type=float, default=2e-3, help="first learning rate (default %(default)s)")
+parser.add_argument("--model", choices=["mlp", "cnn"], default="mlp")
+parser.add_argument("--data", metavar="FOLDER", help="with the MNIST IDX files; default: $MPIML_DATA, cache, download")
+parser.add_argument("--seed", type=int, default=0)
+parser.add_argument("--dtype", choices=["float32", "float64"], default="float32")
+parser.add_argument("--save", metavar="FILE", help="write the weights to this safetensors file at the end")
+args = parser.parse_args()
+
+
+def mlp(height, width):
+    return Sequential(Flatten(), Linear(height * width, 128), relu, Linear(128, 64), relu, Linear(64, 10))
+
+
+def cnn(height, width):
+    return Sequential(
+        Conv2d(1, 16, 3, padding=1), relu, MaxPool2d(2),
+        Conv2d(16, 32, 3, padding=1), relu, MaxPool2d(2),
+        Flatten(), Linear(32 * (height // 4) * (width // 4), 64), relu, Linear(64, 10))
+
+
+grid = Grid()
+(x, y), (x_test, y_test) = mnist(args.data, grid)
+steps = args.epochs * -(-len(x) // args.batch)
+
+model = place({"mlp": mlp, "cnn": cnn}[args.model](*x.shape[2:]), grid, args.seed, args.dtype)
+optimizer = Adam(model, lr=cosine(args.lr, steps))
+watch = Watch()
+step = gradient(model, cross_entropy, grid, watch)
+
+
+def prepare(images):
+    return pixels(images).astype(args.dtype, copy=False)
+
+
+def say(text):
+    if grid.rank == 0:
+        print(text, flush=True)
+
+
+say(f"{len(x)} digits, {args.model} of {len(model.vector)} parameters, {grid.size} ranks, batch {args.batch}")
+training = 0.0
+for epoch in range(args.epochs):
+    start = perf_counter()
+    total = 0.0
+    share = batches(x, y, args.batch, epoch=epoch, seed=args.seed, grid=grid, transform=prepare)
+    for images, labels in progress(share, grid, f"epoch {epoch + 1}"):
+        total += step(images, labels)
+        optimizer.step()
+    seconds = perf_counter() - start
+    training += seconds
+    test = evaluate(model, x_test, y_test, {"loss": cross_entropy, "accuracy": correct}, grid, transform=prepare)
+    say(f"epoch {epoch + 1}: loss {total / len(share):.6f}, test loss {test['loss']:.4f}, "
+        f"test accuracy {test['accuracy']:.4f}, {len(x) / seconds:,.0f} samples/s")
+
+times = watch.report(grid)
+if args.save and grid.rank == 0:
+    from mpiml.save import save
+    save(model, args.save)
+say(f"accuracy {test['accuracy']:.4f}, {args.epochs * len(x) / training:,.0f} samples/s\n{times}")

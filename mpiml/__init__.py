@@ -1,0 +1,23 @@
+"""Parallel machine learning on MPI: a small autograd engine on numba kernels in every rank.
+
+===================  ==================================================================
+mpiml.kernels        numba kernels: plain arrays in, plain arrays out
+mpiml.tensor         Tensor, op, backward: reverse-mode differentiation
+mpiml.ops            the derivative table: relu, conv2d, cross_entropy, ...
+mpiml.nn             layers and the combinators that build a model
+mpiml.optim          SGD, Adam, AdamW and learning-rate schedules on flat vectors
+mpiml.data           readers and batches
+mpiml.save           weights to and from safetensors
+mpiml.parallel       Grid, gradient, evaluate: the only part that starts MPI
+===================  ==================================================================
+"""
+
+from . import cores
+
+cores.share_cores()  # before NumPy loads
+
+from . import data, kernels, nn, ops, optim  # noqa: E402
+from .tensor import Tensor, backward, op  # noqa: E402
+
+__version__ = "0.1.0"
+__all__ = ["Tensor", "backward", "data", "kernels", "nn", "op", "ops", "optim"]

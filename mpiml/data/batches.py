@@ -1,0 +1,82 @@
+"""Batches of a data set: this rank's share of each, every sample exactly once per epoch."""
+
+import numpy as np
+
+from mpiml.random import generator
+
+
+def share(n, rank, ranks, multiple=1):
+    """(start, stop) of the contiguous run of ``n`` items that falls to ``rank``; sizes differ by one at most.
+
+    With ``multiple``, every run starts at a multiple of it and sizes differ by one multiple at most.
+
+    >>> [share(10, rank, 4) for rank in range(4)]
+    [(0, 2), (2, 5), (5, 7), (7, 10)]
+    >>> [share(10, rank, 2, multiple=4) for rank in range(2)]
+    [(0, 4), (4, 10)]
+    """
+    units = -(-n // multiple)
+    return min(n, units * rank // ranks * multiple), min(n, units * (rank + 1) // ranks * multiple)
+
+
+class batches:  # noqa: N801  (reads as a function: for x, y in batches(...))
+    """The batches of one epoch, as pairs (x, y) of this rank's shares; ``len`` is their number.
+
+    Each global batch is a run of ``size`` samples of the epoch's order (the last batch may be smaller), and each
+    rank gets a contiguous run of it. So every sample is used exactly once per epoch, at any number of ranks and
+    any batch size; in a last batch of fewer samples than ranks some shares are empty, of length 0.
+
+    Parameters
+    ----------
+    x, y : arrays (n, ...), or anything of that length that takes an array of integers as an index
+    size : int
+        Samples in a global batch, over all ranks together.
+    epoch, seed : int
+        The order is a function of these two alone.
+    shuffle : bool
+        False keeps the order of the data.
+    grid : mpiml.parallel.Grid, optional
+        The ranks that share each batch; without it there is one.
+    multiple : int
+        Each share starts at a multiple of this many samples, see :class:`mpiml.nn.BatchNorm2d`.
+    transform : function of an array, optional
+        Applied to each share of x, such as a conversion of pixels to floats.
+
+    Raises
+    ------
+    ValueError
+        There are no samples, fewer samples or smaller batches than ranks, x and y differ in length, or the ranks
+        hold data of different lengths.
+
+    Examples
+    --------
+    >>> [y.tolist() for x, y in batches(np.zeros((5, 2)), np.arange(5), size=2, shuffle=False)]
+    [[0, 1], [2, 3], [4]]
+    """
+
+    def __init__(self, x, y, size, *, epoch=0, seed=0, shuffle=True, grid=None, multiple=1, transform=None):
+        rank, ranks = (grid.replica, grid.data) if grid else (0, 1)
+        if len(x) != len(y):
+            raise ValueError(f"x has {len(x)} samples but y has {len(y)}")
+        if len(x) < ranks:
+            raise ValueError(f"{len(x)} samples cannot be shared by {ranks} ranks: every rank needs one at least, so use "
+                             f"{max(len(x), 1)} ranks at most" if len(x) else "the data set is empty: no samples")
+        if size < ranks * multiple:
+            raise ValueError(f"a batch of {size} cannot be shared by {ranks} ranks in multiples of {multiple}: use a size "
+                             f"of {ranks * multiple} at least, or fewer ranks")
+        if grid:
+            grid.same("the number of samples, the batch size, epoch and seed", (len(x), size, epoch, seed, shuffle))
+        self.x, self.y, self.size, self.transform = x, y, size, transform
+        self.rank, self.ranks, self.multiple = rank, ranks, multiple
+        self.order = generator(seed, "shuffle", epoch).permutation(len(x)) if shuffle else np.arange(len(x))
+
+    def __len__(self):
+        return -(-len(self.x) // self.size)
+
+    def __iter__(self):
+        for begin in range(0, len(self.x), self.size):
+            batch = self.order[begin:begin + self.size]
+            start, stop = share(len(batch), self.rank, self.ranks, self.multiple)
+            mine = batch[start:stop]
+            x = self.x[mine]
+            yield (self.transform(x) if self.transform else x), self.y[mine]

@@ -1,0 +1,158 @@
+"""MNIST (LeCun, Cortes and Burges 1998), and the smaller digits that stand in where it cannot be had."""
+
+import os
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+
+from mpiml.random import generator
+
+from .idx import read_idx
+
+# MD5 of the files as their authors packed them.
+FILES = {
+    "train-images-idx3-ubyte.gz": "f68b3c2dcbeaaa9fbdd348bbdeb94873",
+    "train-labels-idx1-ubyte.gz": "d53e105ee54ea40749a09fcbcd1e9432",
+    "t10k-images-idx3-ubyte.gz": "9fb629c4189551a2d022fa330f9573f3",
+    "t10k-labels-idx1-ubyte.gz": "ec29112dd5afa0611ce80d1b7f02629c",
+}
+MIRRORS = ("https://ossci-datasets.s3.amazonaws.com/mnist/", "https://storage.googleapis.com/cvdf-datasets/mnist/")
+PATIENCE = 5.0  # seconds until a silent server counts as unreachable
+
+
+def mnist(folder=None, grid=None):
+    """The MNIST digits; where they are not at hand and cannot be downloaded, the 1,797 digits of scikit-learn.
+
+    They are looked for in ``folder``, else in the folder that the variable ``MPIML_DATA`` names (there or in its
+    subfolder ``mnist``), else in the user's cache, else on the network: one rank of each node downloads them
+    into the cache, checks their MD5, and the others wait. A folder that was named is never replaced by
+    anything else.
+
+    Parameters
+    ----------
+    folder : path, optional
+        Holds the four IDX files, plain or gzipped.
+    grid : mpiml.parallel.Grid, optional
+        The ranks that load together: all of them get the same data set.
+
+    Returns
+    -------
+    (x, y), (x_test, y_test)
+        Images as uint8 (n, 1, height, width), labels as int64 (n,) in 0 .. 9.
+
+    Raises
+    ------
+    FileNotFoundError
+        The named folder lacks a file.
+    ValueError
+        A file is damaged, or is not what its name says.
+    """
+    folder = folder or os.environ.get("MPIML_DATA")
+    if folder:
+        folder = Path(folder)
+        return load(folder if (folder / "mnist").is_dir() is False else folder / "mnist")
+    cache, problem = grid.once_per_node(fetch) if grid else fetch()
+    reached = grid.all(cache is not None) if grid else cache is not None
+    if reached:
+        return load(cache)
+    if grid is None or grid.rank == 0:
+        print(f"mpiml: MNIST is not at hand ({problem or 'another node has it not'}): using the 1,797 digits of "
+              f"scikit-learn; --data or MPIML_DATA can name a folder with the IDX files", file=sys.stderr, flush=True)
+    return digits()
+
+
+def load(folder):
+    """MNIST from the four IDX files in ``folder``, plain or gzipped; see :func:`mnist`."""
+    folder = Path(folder)
+    arrays = [read_idx(_find(folder, name)) for name in FILES]
+    for i in 0, 2:
+        images, labels = arrays[i], arrays[i + 1]
+        if images.ndim != 3 or images.dtype != np.uint8:
+            raise ValueError(f"{folder} holds images of shape {images.shape} and dtype {images.dtype}, not (n, height, "
+                             f"width) of uint8")
+        if labels.shape != (len(images),):
+            raise ValueError(f"{folder} holds {len(images)} images but labels of shape {labels.shape}")
+        if labels.max() > 9:
+            raise ValueError(f"{folder} holds the label {labels.max()} at position {labels.argmax()}: digits run from 0 to 9")
+    x, y, x_test, y_test = arrays
+    return (x[:, None], y.astype(np.int64)), (x_test[:, None], y_test.astype(np.int64))
+
+
+def _find(folder, name):
+    plain = name.removesuffix(".gz")
+    for candidate in folder / plain, folder / name:
+        if candidate.is_file():
+            return candidate
+    raise FileNotFoundError(f"{folder} has neither {plain} nor {name}: name the folder with the four MNIST files by --data "
+                            f"or MPIML_DATA, or name none to download them")
+
+
+def fetch():
+    """Download MNIST into the user's cache, unless it is there.
+
+    Returns
+    -------
+    (folder, None) or (None, reason)
+        The cache's folder; or, if no server could be reached within seconds, why.
+    """
+    try:
+        import pooch
+        import requests
+    except ImportError:
+        return None, "downloading needs pooch: pip install 'mpiml[examples]'"
+    folder = pooch.os_cache("mpiml") / "mnist"
+    if all((folder / name).is_file() for name in FILES):
+        return str(folder), None
+    pooch.get_logger().setLevel("WARNING")
+    problem = "no server answered"
+    for mirror in MIRRORS:
+        if not _answers(mirror + next(iter(FILES)), requests):
+            continue
+        store = pooch.create(folder, mirror, {name: f"md5:{md5}" for name, md5 in FILES.items()})
+        try:
+            for name in FILES:
+                store.fetch(name, downloader=pooch.HTTPDownloader(timeout=PATIENCE))  # to a temporary file, then renamed
+        except (OSError, ValueError) as error:  # unreachable or no space, or another checksum
+            problem = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        else:
+            return str(folder), None
+    return None, problem
+
+
+def _answers(url, requests):
+    # In a thread, since the look-up of a host name has no time limit of its own.
+    answered = []
+
+    def ask():
+        try:
+            answered.append(requests.head(url, timeout=PATIENCE, allow_redirects=True).ok)
+        except requests.RequestException:
+            answered.append(False)
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(PATIENCE)
+    return answered == [True]
+
+
+def digits():
+    """The 1,797 handwritten digits (8 x 8) that ship with scikit-learn, as 1,500 for training and 297 for testing.
+
+    Returned as by :func:`mnist`.
+    """
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise ImportError("the embedded digits come with scikit-learn: pip install 'mpiml[examples]'") from error
+    data = load_digits()
+    order = generator(0, "digits").permutation(len(data.target))
+    x = np.rint(data.images[order, None] * (255 / 16)).astype(np.uint8)
+    y = data.target[order].astype(np.int64)
+    return (x[:1500], y[:1500]), (x[1500:], y[1500:])
+
+
+def pixels(images):
+    """Images of uint8 as float32 with MNIST's mean and standard deviation taken out."""
+    return (images.astype(np.float32) - np.float32(33.3184)) * np.float32(1 / 78.5675)

@@ -1,0 +1,90 @@
+"""``@kernel``: how this package compiles a function, once per node, for everybody on it.
+
+Numba compiles a kernel when it is first called with new dtypes, and keeps the machine code in a cache on
+disk. That cache has no lock: two processes that compile at once do the work twice, and with different
+dtypes of one function they can leave an index that points at the wrong code. So the process that finds the
+cache without an entry takes a lock of its node (a file lock, freed by the system whatever happens to the
+process), looks again, and compiles only if nobody did so meanwhile.
+"""
+
+import os
+import sys
+import tempfile
+
+import numba
+from numba.core.caching import FunctionCache
+
+from mpiml import cores
+
+try:
+    import fcntl
+except ImportError:  # Windows: processes compile side by side, as numba does by itself
+    fcntl = None
+
+# Sums may be reordered and multiplications fused, which is what makes loops vectorise; NaN and infinity keep
+# their meaning, since a diverging run must show as one.
+FASTMATH = {"contract", "reassoc", "nsz", "arcp"}
+
+
+class _NodeLock:
+    """One lock for all processes of this user on this node; may be taken again by its holder."""
+
+    def __init__(self):
+        self.depth = 0
+        self._file = None
+        self._said = False
+
+    def acquire(self):
+        if self.depth == 0 and fcntl is not None:
+            self._say()
+            user = os.getuid()
+            path = os.path.join(tempfile.gettempdir(), f"mpiml-{user}.lock")
+            try:
+                self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+                fcntl.flock(self._file, fcntl.LOCK_EX)
+            except OSError:
+                pass  # no place for a lock: compile all the same
+        self.depth += 1
+
+    def release_to(self, depth):
+        if self.depth > depth == 0 and self._file is not None:
+            os.close(self._file)
+            self._file = None
+        self.depth = depth
+
+    def _say(self):
+        if not self._said and cores.rank_on_node() == 0:
+            print("mpiml: compiling kernels for this CPU (first use only)", file=sys.stderr, flush=True)
+        self._said = True
+
+
+_lock = _NodeLock()
+
+
+class _NodeCache(FunctionCache):
+    def load_overload(self, sig, target_context):
+        code = super().load_overload(sig, target_context)
+        if code is None:
+            _lock.acquire()
+            code = super().load_overload(sig, target_context)
+        return code
+
+
+def kernel(function):
+    """Compile ``function`` with numba at its first call: no Python objects, no GIL, cached on disk."""
+    dispatcher = numba.njit(nogil=True, error_model="numpy", fastmath=FASTMATH)(function)
+    try:
+        dispatcher._cache = _NodeCache(function)
+    except RuntimeError:
+        return dispatcher  # no writable place for a cache: compile in every process
+    compile_ = dispatcher.compile
+
+    def compile_once(sig):
+        depth = _lock.depth
+        try:
+            return compile_(sig)
+        finally:
+            _lock.release_to(depth)
+
+    dispatcher.compile = compile_once
+    return dispatcher

@@ -1,0 +1,394 @@
+"""Layers: functions with parameters, and the combinators that build a model of them.
+
+A model is a function, ``model(x)``; its parameters are one flat vector. A :class:`Parameter` is at first only a
+shape and a rule to fill it; :meth:`Module.init` allocates the model's vector, makes every parameter a view of
+it, and fills each from (seed, its name) alone, so that every rank builds the same model without a broadcast.
+
+Training is an argument: ``model(x, training=True)`` hands the parameters to the ops as Tensors, which records
+the tape; ``model(x)`` hands over plain arrays and returns one.
+
+>>> import numpy as np
+>>> from mpiml.ops import relu
+>>> model = Sequential(Linear(4, 3), relu, Linear(3, 2)).init(seed=0)
+>>> model
+Sequential of 23 parameters: 0.weight (3, 4), 0.bias (3,), 2.weight (2, 3), 2.bias (2,)
+>>> model(np.zeros((5, 4), np.float32)).shape
+(5, 2)
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from . import ops
+from .random import generator, key
+from .tensor import FLOATS, Tensor
+
+
+class Step(NamedTuple):
+    """What randomness in a training step depends on: pass it as ``training`` to a model with dropout.
+
+    ``number`` counts the steps; ``first`` is the number of ``x[0]`` in the global batch.
+    """
+
+    number: int
+    first: int = 0
+
+
+class Parameter(Tensor):
+    """A leaf of a model: a shape and a rule to fill it; a view of the model's vector after ``init``.
+
+    Parameters
+    ----------
+    shape : tuple of int
+    fill : function of (numpy.random.Generator, shape)
+        Returns the initial values.
+    """
+
+    __slots__ = ("_shape", "fill")
+
+    def __init__(self, shape, fill):
+        self.value = self.grad = self.edges = None
+        self._shape = tuple(shape)
+        self.fill = fill
+
+    shape = property(lambda self: self._shape)
+    size = property(lambda self: int(np.prod(self._shape)))
+
+    def __repr__(self):
+        return f"Parameter{self._shape}"
+
+
+class Statistic(Parameter):
+    """A parameter that is measured, not learnt, such as a running mean: it follows the learnt ones in the vector."""
+
+    __slots__ = ()
+
+
+def uniform(bound):
+    """Rule: uniform in -bound .. bound."""
+    return lambda rng, shape: rng.uniform(-bound, bound, shape)
+
+
+def normal(std=1.0):
+    """Rule: normal with mean 0 and standard deviation ``std``."""
+    return lambda rng, shape: std * rng.standard_normal(shape)
+
+
+def constant(value):
+    """Rule: ``value`` everywhere."""
+    return lambda rng, shape: np.full(shape, value)
+
+
+class Module:
+    """A function of (x, training) with parameters: the base of all layers, and of your own.
+
+    A subclass sets :class:`Parameter` and Module attributes (or lists of Modules) in ``__init__`` and defines
+    ``__call__(self, x, training=False)``, in which :func:`given` turns parameters into what the ops take.
+
+    Attributes
+    ----------
+    vector : (size,) array, after ``init``
+        All parameters, the learnt ones first, then the statistics.
+    gradient : (size,) array
+        Their gradients, views of which are the parameters' ``grad``.
+    sums : (size + 2,) array
+        The memory of ``gradient``, with room for the loss and the number of samples behind it, so that one
+        all-reduce sums everything a step needs.
+    learnt : int
+        Number of learnt parameters, the length of the first part of ``vector``.
+    """
+
+    def children(self):
+        """(name, Parameter or Module) pairs, in the order in which they were set."""
+        for name, child in vars(self).items():
+            if isinstance(child, (Parameter, Module)):
+                yield name, child
+            elif isinstance(child, (list, tuple)):
+                for i, item in enumerate(child):
+                    if isinstance(item, (Parameter, Module)):
+                        yield f"{name}.{i}", item
+
+    def named(self, kind=Parameter, prefix=""):
+        """{name: object} of all Parameters (or Modules) of a kind below this one; a shared one under its first name."""
+        found, seen = {}, set()
+        stack = [(prefix, self)]
+        while stack:
+            name, child = stack.pop()
+            if id(child) in seen:
+                continue
+            seen.add(id(child))
+            if isinstance(child, kind):
+                found[name] = child
+            if isinstance(child, Module):
+                stack += reversed([(f"{name}.{n}".lstrip("."), c) for n, c in child.children()])
+        return found
+
+    def init(self, seed=0, dtype=np.float32):
+        """Allocate the vector and fill every parameter from (seed, name); return the model itself.
+
+        Parameters
+        ----------
+        seed : int
+        dtype : float32 or float64
+        """
+        dtype = np.dtype(dtype)
+        if dtype not in FLOATS:
+            raise TypeError(f"parameters are float32 or float64, not {dtype}")
+        named = sorted(self.named().items(), key=lambda item: isinstance(item[1], Statistic))
+        self.learnt = sum(p.size for _, p in named if not isinstance(p, Statistic))
+        size = sum(p.size for _, p in named)
+        self.vector = np.empty(size, dtype)
+        self.sums = np.zeros(size + 2, dtype)
+        self.gradient = self.sums[:size]
+        start = 0
+        for name, parameter in named:
+            stop = start + parameter.size
+            parameter.value = self.vector[start:stop].reshape(parameter.shape)
+            parameter.grad = self.gradient[start:stop].reshape(parameter.shape)
+            parameter.value[...] = parameter.fill(generator(seed, name), parameter.shape)
+            start = stop
+        for name, module in self.named(Module).items():
+            module.place = seed, name
+        return self
+
+    def absorb_statistics(self):
+        """Move the running statistics by what the last steps measured; optimizers call it at the end of a step."""
+        for module in self.named(BatchNorm2d).values():
+            module.absorb()
+
+    def __repr__(self):
+        named = self.named()
+        return (f"{type(self).__name__} of {sum(p.size for p in named.values())} parameters: "
+                + ", ".join(f"{name} {p.shape}" for name, p in named.items()))
+
+
+def given(training, *parameters):
+    """The parameters as an op takes them: Tensors in training, else plain arrays; None stays None.
+
+    Raises
+    ------
+    RuntimeError
+        A parameter has no memory yet.
+    """
+    if any(p is not None and p.value is None for p in parameters):
+        raise RuntimeError("this model has no memory yet: call model.init(seed) before using it")
+    return parameters if training else [None if p is None else p.value for p in parameters]
+
+
+def run(layer, x, training):
+    """``layer(x)``, with ``training`` handed on if the layer is a Module and not a plain function."""
+    return layer(x, training) if isinstance(layer, Module) else layer(x)
+
+
+# --- Combinators ----------------------------------------------------------------------------------------------
+
+class Sequential(Module):
+    """Layers and plain functions, one after the other.
+
+    A slice, ``model[2:5]``, is a Sequential of the same layers under the same names.
+    """
+
+    def __init__(self, *layers, first=0):
+        self.layers = layers
+        self.first = first
+
+    def children(self):
+        for i, layer in enumerate(self.layers, self.first):
+            if isinstance(layer, Module):
+                yield str(i), layer
+
+    def __call__(self, x, training=False):
+        for layer in self.layers:
+            x = run(layer, x, training)
+        return x
+
+    def __len__(self):
+        return len(self.layers)
+
+    def __getitem__(self, index):
+        if not isinstance(index, slice):
+            return self.layers[index]
+        start, stop, step = index.indices(len(self))
+        if step != 1:
+            raise ValueError(f"a slice of a Sequential is a run of its layers, without a step of {step}")
+        return Sequential(*self.layers[start:stop], first=self.first + start)
+
+
+class Residual(Module):
+    """``shortcut(x) + body(x)`` (He et al. 2016); the shortcut is the identity unless given."""
+
+    def __init__(self, body, shortcut=ops.identity):
+        self.body = body
+        self.shortcut = shortcut
+
+    def __call__(self, x, training=False):
+        return run(self.shortcut, x, training) + run(self.body, x, training)
+
+
+class Concatenate(Module):
+    """The outputs of several branches of one input, joined along ``axis`` (channels by default).
+
+    A DenseNet layer (Huang et al. 2017) is ``Concatenate(identity, body)``.
+    """
+
+    def __init__(self, *branches, axis=1):
+        self.branches = branches
+        self.axis = axis
+
+    def __call__(self, x, training=False):
+        return ops.concatenate([run(branch, x, training) for branch in self.branches], self.axis)
+
+
+# --- Layers ---------------------------------------------------------------------------------------------------
+
+class Linear(Module):
+    """x (..., in_features) -> x @ weight.T + bias (..., out_features)."""
+
+    def __init__(self, in_features, out_features, bias=True):
+        bound = in_features**-0.5 if in_features else 0.0
+        self.weight = Parameter((out_features, in_features), uniform(bound))
+        self.bias = Parameter((out_features,), uniform(bound)) if bias else None
+
+    def __call__(self, x, training=False):
+        return ops.linear(x, *given(training, self.weight, self.bias))
+
+
+class Conv2d(Module):
+    """Images (n, in_channels, h, w) -> (n, out_channels, oh, ow), see :func:`mpiml.ops.conv2d`."""
+
+    def __init__(self, in_channels, out_channels, kernel_size, stride=1, padding=0, dilation=1, groups=1, bias=True):
+        if in_channels % groups or out_channels % groups:
+            raise ValueError(f"Conv2d cannot split {in_channels} input and {out_channels} output channels into "
+                             f"{groups} equal groups")
+        kh, kw = (kernel_size, kernel_size) if isinstance(kernel_size, int) else kernel_size
+        bound = (in_channels // groups * kh * kw) ** -0.5
+        self.weight = Parameter((out_channels, in_channels // groups, kh, kw), uniform(bound))
+        self.bias = Parameter((out_channels,), uniform(bound)) if bias else None
+        self.options = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
+
+    def __call__(self, x, training=False):
+        return ops.conv2d(x, *given(training, self.weight, self.bias), **self.options)
+
+
+class MaxPool2d(Module):
+    """Largest element of each window of images, see :func:`mpiml.ops.max_pool2d`."""
+
+    def __init__(self, kernel_size, stride=None, padding=0):
+        self.options = {"kernel_size": kernel_size, "stride": stride, "padding": padding}
+
+    def __call__(self, x, training=False):
+        return ops.max_pool2d(x, **self.options)
+
+
+class AvgPool2d(Module):
+    """Mean of each window of images, see :func:`mpiml.ops.avg_pool2d`."""
+
+    def __init__(self, kernel_size, stride=None, padding=0):
+        self.options = {"kernel_size": kernel_size, "stride": stride, "padding": padding}
+
+    def __call__(self, x, training=False):
+        return ops.avg_pool2d(x, **self.options)
+
+
+class Flatten(Module):
+    """x (n, ...) -> (n, features)."""
+
+    def __call__(self, x, training=False):
+        return ops.flatten(x)
+
+
+class Dropout(Module):
+    """In training each element is 0 with probability ``p``, the others divided by 1 - p; else x itself.
+
+    The mask depends on (seed, the layer's name, step, sample): ``training`` must be a :class:`Step`.
+    """
+
+    def __init__(self, p=0.5):
+        if not 0 <= p < 1:
+            raise ValueError(f"Dropout sets elements to 0 with a probability 0 <= p < 1, not {p}")
+        self.p = p
+
+    def __call__(self, x, training=False):
+        if not training or self.p == 0:
+            return x
+        if not isinstance(training, Step):
+            raise TypeError("Dropout needs to know the step, or it would drop the same elements in each: call "
+                            "model(x, training=Step(number))")
+        return ops.dropout(x, self.p, key(*self.place, "dropout", training.number), training.first)
+
+
+class LayerNorm(Module):
+    """x standardised over its last axes, of shape ``normalized_shape``, then scaled and shifted."""
+
+    def __init__(self, normalized_shape, eps=1e-5):
+        shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
+        self.weight = Parameter(shape, constant(1.0))
+        self.bias = Parameter(shape, constant(0.0))
+        self.eps = eps
+
+    def __call__(self, x, training=False):
+        return ops.layer_norm(x, *given(training, self.weight, self.bias), eps=self.eps, axes=len(self.weight.shape))
+
+
+class GroupNorm(Module):
+    """x (n, num_channels, ...) standardised in each sample over each of ``num_groups`` groups of channels."""
+
+    def __init__(self, num_groups, num_channels, eps=1e-5):
+        self.groups = num_groups
+        self.weight = Parameter((num_channels,), constant(1.0))
+        self.bias = Parameter((num_channels,), constant(0.0))
+        self.eps = eps
+
+    def __call__(self, x, training=False):
+        return ops.group_norm(x, self.groups, *given(training, self.weight, self.bias), eps=self.eps)
+
+
+class BatchNorm2d(Module):
+    """Images standardised for each channel over the batch in training, else by running statistics.
+
+    Parameters
+    ----------
+    num_features : int
+        Number of channels.
+    samples : int, optional
+        Take the statistics over this many consecutive samples instead of the whole batch. On several ranks it
+        must be given, and each rank's share must start at a multiple of it (``batches(..., multiple=samples)``):
+        so the statistics are the same on any number of ranks. Prefer :class:`GroupNorm` where you can choose.
+    momentum : float
+        Share of the new statistics in the running ones.
+    """
+
+    def __init__(self, num_features, eps=1e-5, momentum=0.1, samples=None):
+        self.weight = Parameter((num_features,), constant(1.0))
+        self.bias = Parameter((num_features,), constant(0.0))
+        self.running_mean = Statistic((num_features,), constant(0.0))
+        self.running_var = Statistic((num_features,), constant(1.0))
+        self.num_batches_tracked = Statistic((), constant(0.0))
+        self.eps, self.momentum, self.samples = eps, momentum, samples
+
+    def __call__(self, x, training=False):
+        ops._image("BatchNorm2d", x)
+        return ops.batch_norm(
+            x, *given(training, self.running_mean, self.running_var, self.num_batches_tracked, self.weight, self.bias),
+            training=bool(training), samples=self.samples, eps=self.eps)
+
+    def absorb(self):
+        """running += momentum * (measured - running), with what was measured since the last call."""
+        seen = float(self.num_batches_tracked.grad)
+        if seen:
+            for running in self.running_mean, self.running_var:
+                running.value += self.momentum * (running.grad / seen - running.value)
+                running.grad[...] = 0
+            self.num_batches_tracked.value += 1
+            self.num_batches_tracked.grad[...] = 0
+
+
+class Embedding(Module):
+    """Integers of any shape -> rows of a table, (..., embedding_dim)."""
+
+    def __init__(self, num_embeddings, embedding_dim):
+        self.weight = Parameter((num_embeddings, embedding_dim), normal())
+
+    def __call__(self, x, training=False):
+        return ops.embedding(x, *given(training, self.weight))

@@ -1,0 +1,113 @@
+"""Optimizers and learning-rate schedules.
+
+An optimizer is one kernel over the model's flat vector. ``step()`` uses the gradient that has accumulated and
+sets it to zero. A learning rate is a number or a schedule: a function of the step's number, from 0.
+
+>>> rate = warmup(cosine(0.1, steps=100), steps=10)
+>>> [round(rate(step), 4) for step in (0, 9, 10, 60, 110)]
+[0.01, 0.1, 0.1, 0.05, 0.0]
+"""
+
+import math
+
+import numpy as np
+
+from . import kernels as k
+
+
+def constant(lr):
+    """``lr`` at every step."""
+    return lambda step: lr
+
+
+def step_decay(lr, every, factor=0.1):
+    """``lr``, multiplied by ``factor`` after each ``every`` steps."""
+    return lambda step: lr * factor ** (step // every)
+
+
+def cosine(lr, steps, final=0.0):
+    """Half a cosine from ``lr`` down to ``final`` over ``steps`` steps (Loshchilov and Hutter 2017), then ``final``."""
+    return lambda step: final + (lr - final) * (1 + math.cos(math.pi * min(step / steps, 1.0))) / 2
+
+
+def warmup(schedule, steps):
+    """A linear rise to the start of ``schedule`` (or a number) in the first ``steps`` steps, then the schedule."""
+    schedule = schedule if callable(schedule) else constant(schedule)
+    return lambda step: schedule(0) * (step + 1) / steps if step < steps else schedule(step - steps)
+
+
+def clip_norm(model, max_norm):
+    """Scale the model's gradient down to a Euclidean norm of ``max_norm`` if it is longer; return the norm it had."""
+    gradient = model.gradient[:model.learnt]
+    norm = k.norm(gradient)
+    if norm > max_norm:
+        k.scale(gradient, gradient.dtype.type(max_norm / norm))
+    return norm
+
+
+class Optimizer:
+    """What all optimizers share: the model, the learning rate and the number of steps taken."""
+
+    def __init__(self, model, lr):
+        if not hasattr(model, "vector"):
+            raise RuntimeError("this model has no memory yet: call model.init(seed) before making its optimizer")
+        self.model = model
+        self.lr = lr if callable(lr) else constant(lr)
+        self.steps = 0
+
+    def _moments(self):
+        return np.zeros(self.model.learnt, self.model.vector.dtype)
+
+    def step(self):
+        """Move the parameters by one step along the accumulated gradient, and set it to zero."""
+        model = self.model
+        self.update(model.vector[:model.learnt], model.gradient[:model.learnt], self.lr(self.steps))
+        model.absorb_statistics()
+        self.steps += 1
+
+
+def _scalars(vector, *values):
+    # A float64 scalar would widen a float32 kernel's arithmetic.
+    return [vector.dtype.type(v) for v in values]
+
+
+class SGD(Optimizer):
+    """Gradient descent, with momentum, Nesterov's momentum and weight decay, see :func:`mpiml.kernels.sgd`."""
+
+    def __init__(self, model, lr, momentum=0.0, nesterov=False, weight_decay=0.0):
+        super().__init__(model, lr)
+        if nesterov and not momentum:
+            raise ValueError("Nesterov's method is a kind of momentum: give momentum > 0")
+        self.momentum, self.nesterov, self.weight_decay = momentum, nesterov, weight_decay
+        self.velocity = self._moments() if momentum else np.empty(0, model.vector.dtype)
+
+    def update(self, vector, gradient, lr):
+        lr, momentum, decay = _scalars(vector, lr, self.momentum, self.weight_decay)
+        k.sgd(vector, gradient, self.velocity, lr, momentum, self.nesterov, decay)
+
+
+class Adam(Optimizer):
+    """Adam; ``weight_decay`` is added to the gradient, see :func:`mpiml.kernels.adam`."""
+
+    decoupled = False
+
+    def __init__(self, model, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0):
+        super().__init__(model, lr)
+        self.betas, self.eps, self.weight_decay = betas, eps, weight_decay
+        self.mean, self.square = self._moments(), self._moments()
+
+    def update(self, vector, gradient, lr):
+        t = self.steps + 1
+        corrections = [1 - beta**t for beta in self.betas]
+        l2, decay = (0.0, self.weight_decay) if self.decoupled else (self.weight_decay, 0.0)
+        k.adam(vector, gradient, self.mean, self.square,
+               *_scalars(vector, lr, *self.betas, *corrections, self.eps, l2, decay))
+
+
+class AdamW(Adam):
+    """Adam with ``weight_decay`` taken off the weights themselves (Loshchilov and Hutter 2019)."""
+
+    decoupled = True
+
+    def __init__(self, model, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01):
+        super().__init__(model, lr, betas, eps, weight_decay)

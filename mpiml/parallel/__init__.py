@@ -1,0 +1,23 @@
+"""Training on many ranks: the only folder that imports mpi4py.
+
+Importing it starts MPI, and from then on an exception on one rank ends the whole job.
+"""
+
+try:
+    from mpi4py import MPI
+except (ImportError, RuntimeError) as error:  # mpi4py missing; mpi4py there, but no MPI library
+    raise ImportError("mpiml.parallel needs mpi4py and an MPI library: pip install 'mpiml[mpi]' brings MPICH with its "
+                      "mpirun; on a cluster, load its MPI module first and pip install mpi4py. (The rest of mpiml runs "
+                      f"without.) mpi4py said: {error}") from error
+
+from . import abort
+
+abort.install(MPI.COMM_WORLD)
+
+from .evaluate import evaluate  # noqa: E402
+from .gradient import gradient  # noqa: E402
+from .grid import Grid, RankError  # noqa: E402
+from .place import place  # noqa: E402
+from .watch import Watch, progress  # noqa: E402
+
+__all__ = ["Grid", "RankError", "Watch", "evaluate", "gradient", "place", "progress"]

@@ -1,0 +1,41 @@
+"""One failing rank ends the whole job.
+
+MPI alone would leave the others waiting for ever for a rank that is gone. Here an exception that nobody
+caught prints its traceback under its rank, in one piece, and aborts the job; so does ``sys.exit`` with a status
+other than 0.
+"""
+
+import sys
+import threading
+import time
+import traceback
+
+from mpi4py import MPI, run
+
+# When an error is found together, those who did not cause it let the one who did speak first.
+_COURTESY = 1.0  # seconds
+
+
+def install(comm):
+    """Abort ``comm``'s job on uncaught exceptions of this process, in any thread; nothing changes on one rank."""
+    if comm.size == 1:
+        return
+
+    def report(kind, error, trace):
+        if comm.rank not in getattr(error, "ranks", (comm.rank,)):
+            time.sleep(_COURTESY)
+        lines = "".join(traceback.format_exception(kind, error, trace))
+        where = f"rank {comm.rank} of {comm.size} on {MPI.Get_processor_name()}"
+        sys.stdout.flush()
+        sys.stderr.write(f"\nmpiml: {where} failed and ends the job\n{lines}")
+        sys.stderr.flush()
+        comm.Abort(130 if issubclass(kind, KeyboardInterrupt) else 1)
+
+    def leave(status=None):
+        if status not in (None, 0):
+            run.set_abort_status(status if isinstance(status, int) else 1)
+        raise SystemExit(status)
+
+    sys.excepthook = report
+    threading.excepthook = lambda args: report(args.exc_type, args.exc_value, args.exc_traceback)
+    sys.exit = leave

@@ -1,0 +1,138 @@
+"""The Grid: which ranks work together. The only maker of communicators."""
+
+import json
+import os
+
+import numpy as np
+from mpi4py import MPI
+
+_WORLD_SIZE = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
+
+
+class RankError(RuntimeError):
+    """An error that all ranks found together; ``ranks`` are those that caused it."""
+
+    def __init__(self, message, ranks):
+        super().__init__(message)
+        self.ranks = ranks
+
+
+class Grid:
+    """All ranks of a communicator, side by side: data parallelism.
+
+    The library speaks on duplicates of the communicator, never on the caller's own.
+
+    Parameters
+    ----------
+    data : int, optional
+        Number of replicas of the model; all ranks by default.
+    comm : mpi4py.MPI.Comm, optional
+        ``MPI.COMM_WORLD`` by default.
+
+    Attributes
+    ----------
+    rank, size : int
+        This rank and the number of ranks.
+    replica, data : int
+        This rank's replica of the model and the number of replicas.
+
+    Raises
+    ------
+    ValueError
+        The grid does not fit the number of processes.
+    RuntimeError
+        The launcher belongs to another MPI than the one that was loaded: every process would train alone.
+    """
+
+    def __init__(self, data=None, comm=None):
+        if comm is None:
+            comm = MPI.COMM_WORLD
+            _check_launcher(comm.size)
+        if data is not None and data != comm.size:
+            raise ValueError(f"a grid of data={data} needs {data} processes, but there are {comm.size}: start it with "
+                             f"mpirun -n {data}, or use Grid() for as many as there are")
+        self.comm = comm.Dup()
+        self.node = self.comm.Split_type(MPI.COMM_TYPE_SHARED)
+        self.rank = self.replica = self.comm.rank
+        self.size = self.data = self.comm.size
+
+    def __repr__(self):
+        return f"Grid(data={self.data}), rank {self.rank} of {self.size}"
+
+    def texts(self, text):
+        """Every rank's ``text``, on every rank; for start-up and errors, not for the training loop."""
+        mine = np.frombuffer(text.encode(), np.uint8)
+        lengths = np.empty(self.size, np.int64)
+        self.comm.Allgather(np.array([mine.size], np.int64), lengths)
+        everything = np.empty(lengths.sum(), np.uint8)
+        self.comm.Allgatherv(mine, [everything, lengths])
+        return [part.tobytes().decode() for part in np.split(everything, np.cumsum(lengths)[:-1])]
+
+    def same(self, what, value):
+        """Make sure that ``repr(value)`` is the same on all ranks.
+
+        Raises
+        ------
+        RankError
+            It is not; the message says who has what.
+        """
+        texts = self.texts(repr(value))
+        if len(set(texts)) > 1:
+            groups = {}
+            for rank, text in enumerate(texts):
+                groups.setdefault(text, []).append(rank)
+            odd = min(groups.values(), key=len)
+            raise RankError(f"{what} must be the same on all ranks, but " + "; ".join(
+                f"rank{'s' * (len(ranks) > 1)} {_list(ranks)} have {text}" for text, ranks in groups.items()), odd)
+
+    def all(self, flag):
+        """True on every rank if ``flag`` is true on every rank."""
+        verdict = np.array([bool(flag)], np.int64)
+        self.comm.Allreduce(MPI.IN_PLACE, verdict, MPI.MIN)
+        return bool(verdict[0])
+
+    def once_per_node(self, function, *args):
+        """Call ``function`` on one rank of each node while the others wait; return its node's result on every rank.
+
+        Parameters
+        ----------
+        function : callable
+            Returns what JSON can carry: numbers, text, None, lists of these.
+
+        Raises
+        ------
+        RankError
+            On every rank, if the function raised on one; chained to that exception where it happened.
+        """
+        result, failure = None, None
+        if self.node.rank == 0:
+            try:
+                result = function(*args)
+            except Exception as error:
+                failure = error
+        problems = self.texts("" if failure is None else f"{type(failure).__name__}: {failure}")
+        ranks = [rank for rank, problem in enumerate(problems) if problem]
+        if ranks:
+            raise RankError(f"rank {ranks[0]} failed in {function.__name__}: {problems[ranks[0]]}", ranks) from failure
+        length = np.zeros(1, np.int64)
+        text = np.frombuffer(json.dumps(result).encode(), np.uint8)
+        if self.node.rank == 0:
+            length[0] = text.size
+        self.node.Bcast(length)
+        buffer = text.copy() if self.node.rank == 0 else np.empty(length[0], np.uint8)
+        self.node.Bcast(buffer)
+        return json.loads(buffer.tobytes())
+
+
+def _list(ranks):
+    return ", ".join(map(str, ranks[:8])) + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")
+
+
+def _check_launcher(size):
+    for name in _WORLD_SIZE:
+        started = os.environ.get(name, "")
+        if started.isdigit() and int(started) != size:
+            library = MPI.Get_library_version().strip("\0\n ").splitlines()[0]
+            raise RuntimeError(f"the launcher started {started} processes ({name}), but the MPI library that mpi4py loaded "
+                               f"({library}) sees {size}: use the mpirun that belongs to this library, or the mpi4py that "
+                               f"belongs to this mpirun")

@@ -1,0 +1,371 @@
+"""Reverse-mode automatic differentiation: the Tensor, the ``@op`` that records it, and ``backward``.
+
+A :class:`Tensor` is an array that wants a gradient. An op applied to plain arrays returns a plain array and
+records nothing; applied to a Tensor, it returns a Tensor that remembers, for each argument that wants a
+gradient, one function: the vjp, which maps the gradient for the op's value to the gradient for that argument.
+These (argument, vjp) pairs are the tape. ``backward`` walks it once, from the end.
+
+>>> import numpy as np
+>>> x = Tensor(np.array([1.0, 2.0, 3.0]))
+>>> y = x * x + 2 * x
+>>> y.backward(np.ones(3))
+>>> x.grad
+array([4., 6., 8.])
+"""
+
+import functools
+import inspect
+
+import numpy as np
+
+FLOATS = (np.dtype(np.float32), np.dtype(np.float64))
+_SPENT = ()
+
+
+class Tensor:
+    """An array that wants a gradient.
+
+    Parameters
+    ----------
+    value : array_like of float32 or float64
+        Kept as it is if it is an array (no copy).
+
+    Attributes
+    ----------
+    value : numpy.ndarray
+        The plain array.
+    grad : numpy.ndarray or None
+        The accumulated gradient, of the value's shape and dtype; only leaves (Tensors that no op made) get one.
+
+    Raises
+    ------
+    TypeError
+        Another dtype: gradients need float32 or float64.
+    """
+
+    __slots__ = ("edges", "grad", "value")
+    __array_ufunc__ = None  # array + Tensor asks the Tensor
+
+    def __init__(self, value):
+        value = np.asarray(value)
+        if value.dtype not in FLOATS:
+            raise TypeError(f"a Tensor holds float32 or float64, not {value.dtype}: convert it with "
+                            f".astype(np.float32), or leave it a plain array if it needs no gradient")
+        self.value = value
+        self.grad = None
+        self.edges = None  # None: a leaf; a list of (argument, vjp): an op's value; _SPENT: walked
+
+    def backward(self, gradient=None):
+        """Accumulate into ``grad`` of every leaf the gradient of this Tensor, see :func:`backward`."""
+        for _ in backward(self, gradient):
+            pass
+
+    shape = property(lambda self: self.value.shape)
+    ndim = property(lambda self: self.value.ndim)
+    size = property(lambda self: self.value.size)
+    dtype = property(lambda self: self.value.dtype)
+
+    def __len__(self):
+        return len(self.value)
+
+    def __float__(self):
+        return float(self.value)
+
+    def __bool__(self):
+        return bool(self.value)
+
+    def __repr__(self):
+        return f"Tensor({np.array2string(self.value, separator=', ', prefix='Tensor(')}, {self.dtype})"
+
+    def __array__(self, *args, **kwargs):
+        raise TypeError("NumPy would lose this Tensor's gradient: use mpiml.ops, or .value for the plain array")
+
+    __hash__ = object.__hash__
+
+    # Comparisons make masks, plain boolean arrays.
+    def __lt__(self, other):
+        return self.value < value_of(other)
+
+    def __le__(self, other):
+        return self.value <= value_of(other)
+
+    def __gt__(self, other):
+        return self.value > value_of(other)
+
+    def __ge__(self, other):
+        return self.value >= value_of(other)
+
+    def __eq__(self, other):
+        return self.value == value_of(other)
+
+    def __ne__(self, other):
+        return self.value != value_of(other)
+
+    def __add__(self, other):
+        return add(self, other)
+
+    def __radd__(self, other):
+        return add(other, self)
+
+    def __sub__(self, other):
+        return subtract(self, other)
+
+    def __rsub__(self, other):
+        return subtract(other, self)
+
+    def __mul__(self, other):
+        return multiply(self, other)
+
+    def __rmul__(self, other):
+        return multiply(other, self)
+
+    def __truediv__(self, other):
+        return divide(self, other)
+
+    def __rtruediv__(self, other):
+        return divide(other, self)
+
+    def __pow__(self, other):
+        return power(self, other)
+
+    def __rpow__(self, other):
+        return power(other, self)
+
+    def __matmul__(self, other):
+        return matmul(self, other)
+
+    def __rmatmul__(self, other):
+        return matmul(other, self)
+
+    def __neg__(self):
+        return negative(self)
+
+    def __getitem__(self, index):
+        return getitem(self, index)
+
+
+def value_of(x):
+    """The plain array of a Tensor; anything else as it is."""
+    return x.value if isinstance(x, Tensor) else x
+
+
+def op(rule):
+    """Make a differentiable function of a rule: a function of plain arrays that returns (value, vjps).
+
+    ``vjps`` is a tuple with one function for each positional argument (trailing ones that take no gradient
+    may be left out), each mapping the gradient for the value to the gradient for that argument. It is called
+    once at most, and only if that argument is a Tensor, so a rule saves nothing by hand: what a vjp mentions
+    lives as long as the tape does.
+
+    Raises
+    ------
+    TypeError
+        From the op: its value would not have the dtype of its Tensors (float32 and float64 were mixed), or an
+        argument that takes no gradient is a Tensor.
+    """
+    signature = inspect.signature(rule)
+    name = rule.__name__
+
+    @functools.wraps(rule)
+    def apply(*args, **options):
+        if options and any(isinstance(option, Tensor) for option in options.values()):
+            bound = signature.bind(*args, **options)
+            args, options = bound.args, bound.kwargs
+        tensors = [(i, a) for i, a in enumerate(args) if isinstance(a, Tensor)]
+        if not tensors:
+            return rule(*args, **options)[0]
+        value, vjps = rule(*[a.value if isinstance(a, Tensor) else a for a in args], **options)
+        dtype = tensors[0][1].value.dtype
+        if value.dtype != dtype:
+            raise TypeError(f"{name} of {_kinds(args)} gives {value.dtype}: use one of float32 and float64 "
+                            f"throughout, with .astype(np.{dtype})")
+        if tensors[-1][0] >= len(vjps):
+            raise TypeError(f"{name} has no gradient for its argument {tensors[-1][0] + 1}: pass a plain array")
+        result = Tensor(value)
+        result.edges = [(a, vjps[i]) for i, a in tensors]
+        return result
+
+    apply.rule = rule
+    return apply
+
+
+def _kinds(args):
+    return " and ".join(str(a.dtype) for a in args if hasattr(a, "dtype"))
+
+
+def backward(root, gradient=None):
+    """Walk the tape back from ``root``; yield each leaf as soon as its gradient is final.
+
+    Gradients are added to the leaves' ``grad``. The tape is used up on the way, so that what it holds is freed
+    as early as possible.
+
+    Parameters
+    ----------
+    root : Tensor
+    gradient : array of root's shape and dtype, optional
+        The gradient for ``root``; 1 if root has one element.
+
+    Yields
+    ------
+    Tensor
+        A leaf. Nothing more will be added to its ``grad`` in this walk: a sum over the ranks may start.
+
+    Raises
+    ------
+    ValueError
+        ``gradient`` is missing or of another shape, a vjp returned another shape or dtype than its argument's,
+        or part of the tape was walked before.
+    """
+    if gradient is None:
+        if root.size != 1:
+            raise ValueError(f"the gradient of a Tensor of shape {root.shape} needs to know its weights: sum it to "
+                             f"one number first, or call backward(gradient)")
+        gradient = np.ones_like(root.value)
+    _check(gradient, root, "backward's argument")
+    uses = _count_uses(root)
+    gradients = {id(root): gradient}
+    if root.edges is None:
+        _accumulate(root, gradient)
+        yield root
+        return
+    ready = [root]
+    while ready:
+        node = ready.pop()
+        g = gradients.pop(id(node))
+        edges, node.edges = node.edges, _SPENT
+        for argument, vjp in edges:
+            part = vjp(g)
+            _check(part, argument, vjp.__qualname__)
+            key = id(argument)
+            uses[key] -= 1
+            if argument.edges is None:
+                _accumulate(argument, part)
+                if not uses[key]:
+                    yield argument
+            else:
+                gradients[key] = gradients[key] + part if key in gradients else part
+                if not uses[key]:
+                    ready.append(argument)
+
+
+def _count_uses(root):
+    uses = {}
+    stack = [root]
+    while stack:
+        node = stack.pop()
+        if node.edges is _SPENT:
+            raise ValueError("part of this tape was already walked by backward and is gone: add up the losses "
+                             "and call backward once, or compute this one anew")
+        for argument, _ in node.edges or ():
+            if id(argument) not in uses:
+                uses[id(argument)] = 0
+                stack.append(argument)
+            uses[id(argument)] += 1
+    return uses
+
+
+def _accumulate(leaf, part):
+    if leaf.grad is None:
+        leaf.grad = np.array(part)  # a copy: a vjp may return its argument
+    else:
+        leaf.grad += part
+
+
+def _check(gradient, tensor, source):
+    if gradient.shape != tensor.value.shape or gradient.dtype != tensor.value.dtype:
+        raise ValueError(f"the gradient from {source.split('.')[0]} has shape {gradient.shape} and dtype "
+                         f"{gradient.dtype}, its Tensor {tensor.shape} and {tensor.dtype}")
+
+
+def unbroadcast(g, x):
+    """``g`` summed over the axes along which ``x`` was broadcast: the vjp of broadcasting.
+
+    >>> unbroadcast(np.ones((2, 3)), np.ones((3,)))
+    array([2., 2., 2.])
+    """
+    shape = np.shape(x)
+    if g.shape == shape:
+        return g
+    lead = g.ndim - len(shape)
+    stretched = tuple(lead + i for i, n in enumerate(shape) if n == 1 and g.shape[lead + i] != 1)
+    return g.sum(axis=(*range(lead), *stretched)).reshape(shape)
+
+
+@op
+def add(x, y):
+    """x + y, with broadcasting."""
+    return np.add(x, y), (lambda g: unbroadcast(g, x), lambda g: unbroadcast(g, y))
+
+
+@op
+def subtract(x, y):
+    """x - y, with broadcasting."""
+    return np.subtract(x, y), (lambda g: unbroadcast(g, x), lambda g: unbroadcast(-g, y))
+
+
+@op
+def multiply(x, y):
+    """x * y, with broadcasting."""
+    return np.multiply(x, y), (lambda g: unbroadcast(g * y, x), lambda g: unbroadcast(g * x, y))
+
+
+@op
+def divide(x, y):
+    """x / y, with broadcasting."""
+    value = np.true_divide(x, y)
+    return value, (lambda g: unbroadcast(g / y, x), lambda g: unbroadcast(-g * value / y, y))
+
+
+@op
+def negative(x):
+    """-x."""
+    return np.negative(x), (lambda g: -g,)
+
+
+@op
+def power(x, y):
+    """x**y, with broadcasting; the gradient for y takes 0**y as constant."""
+    value = np.power(x, y)
+
+    def vjp_x(g):
+        slope = y * np.power(x, np.where(y == 0, np.ones_like(y), y) - 1)
+        return unbroadcast(g * slope.astype(g.dtype, copy=False), x)
+
+    def vjp_y(g):
+        return unbroadcast(g * value * np.log(np.where(x > 0, x, np.ones_like(x))).astype(g.dtype, copy=False), y)
+
+    return value, (vjp_x, vjp_y)
+
+
+@op
+def matmul(x, y):
+    """Matrix product as ``numpy.matmul``: (..., n, k) @ (..., k, m), leading axes broadcast, vectors allowed."""
+    # A vector is a matrix with one axis that the product drops again; with it put back there is one rule.
+    left, right = (x[None, :] if np.ndim(x) == 1 else x), (y[:, None] if np.ndim(y) == 1 else y)
+
+    def full(g):
+        return np.reshape(g, (*g.shape, *(1,) * (np.ndim(y) == 1))) if np.ndim(x) > 1 else (
+            np.reshape(g, (*g.shape[:g.ndim - (np.ndim(y) > 1)], 1, right.shape[-1])))
+
+    return np.matmul(x, y), (
+        lambda g: unbroadcast(np.matmul(full(g), right.swapaxes(-1, -2)), left).reshape(x.shape),
+        lambda g: unbroadcast(np.matmul(left.swapaxes(-1, -2), full(g)), right).reshape(y.shape))
+
+
+@op
+def getitem(x, index):
+    """x[index]: integers, slices, None, ..., masks and integer arrays, as in NumPy."""
+    def vjp(g):
+        out = np.zeros_like(x)
+        if _is_basic(index):
+            out[index] = g
+        else:
+            np.add.at(out, index, g)  # an element may be taken several times
+        return out
+
+    return np.asarray(x[index]), (vjp,)
+
+
+def _is_basic(index):
+    parts = index if isinstance(index, tuple) else (index,)
+    return all(p is None or p is Ellipsis or isinstance(p, (int, np.integer, slice)) for p in parts)

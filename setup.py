@@ -1,0 +1,31 @@
+"""What mpiml is called, what it needs, and which extras it offers."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+EXAMPLES = ["pooch>=1.8", "requests>=2.28", "scikit-learn>=1.3", "tqdm>=4.65", "threadpoolctl>=3.1"]
+SAVE = ["safetensors>=0.4"]
+
+setup(
+    name="mpiml",
+    version="0.1.0",
+    description="Parallel machine learning on MPI: a small autograd engine on numba kernels in every rank",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    python_requires=">=3.10",
+    packages=find_packages(include=["mpiml", "mpiml.*"]),
+    install_requires=["numpy>=1.26", "numba>=0.60", "mpi4py>=4.0"],
+    extras_require={
+        # An MPI library and its mpirun as a wheel, for machines that have none.
+        "mpi": ["mpich>=4.2"],
+        # safetensors files: mpiml.save.
+        "save": SAVE,
+        # Downloads, the embedded digits, the progress bar.
+        "examples": EXAMPLES + SAVE,
+        "test": ["pytest>=8", "psutil>=5.9", "ruff>=0.6"] + EXAMPLES + SAVE,
+        # PyTorch is what the benchmarks measure against; nothing else uses it.
+        "bench": ["torch"],
+    },
+)
