@@ -15,6 +15,11 @@ import numpy as np
 from . import kernels as k
 
 
+def _require(condition, rule, value):
+    if not condition:
+        raise ValueError(f"{rule}, not {value!r}")
+
+
 def constant(lr):
     """``lr`` at every step."""
     return lambda step: lr
@@ -22,22 +27,26 @@ def constant(lr):
 
 def step_decay(lr, every, factor=0.1):
     """``lr``, multiplied by ``factor`` after each ``every`` steps."""
+    _require(every > 0, "step_decay needs every > 0", every)
     return lambda step: lr * factor ** (step // every)
 
 
 def cosine(lr, steps, final=0.0):
     """Half a cosine from ``lr`` down to ``final`` over ``steps`` steps (Loshchilov and Hutter 2017), then ``final``."""
+    _require(steps > 0, "cosine needs steps > 0", steps)
     return lambda step: final + (lr - final) * (1 + math.cos(math.pi * min(step / steps, 1.0))) / 2
 
 
 def warmup(schedule, steps):
     """A linear rise to the start of ``schedule`` (or a number) in the first ``steps`` steps, then the schedule."""
+    _require(steps > 0, "warmup needs steps > 0", steps)
     schedule = schedule if callable(schedule) else constant(schedule)
     return lambda step: schedule(0) * (step + 1) / steps if step < steps else schedule(step - steps)
 
 
 def clip_norm(model, max_norm):
     """Scale the model's gradient down to a Euclidean norm of ``max_norm`` if it is longer; return the norm it had."""
+    _require(max_norm > 0, "clip_norm needs max_norm > 0", max_norm)
     gradient = model.gradient[:model.learnt]
     norm = k.norm(gradient)
     if norm > max_norm:
@@ -51,6 +60,7 @@ class Optimizer:
     def __init__(self, model, lr):
         if not hasattr(model, "vector"):
             raise RuntimeError("this model has no memory yet: call model.init(seed) before making its optimizer")
+        _require(callable(lr) or lr >= 0, "the learning rate must be a function or a number lr >= 0", lr)
         self.model = model
         self.lr = lr if callable(lr) else constant(lr)
         self.steps = 0
@@ -76,6 +86,8 @@ class SGD(Optimizer):
 
     def __init__(self, model, lr, momentum=0.0, nesterov=False, weight_decay=0.0):
         super().__init__(model, lr)
+        _require(momentum >= 0, "SGD needs momentum >= 0", momentum)
+        _require(weight_decay >= 0, "SGD needs weight_decay >= 0", weight_decay)
         if nesterov and not momentum:
             raise ValueError("Nesterov's method is a kind of momentum: give momentum > 0")
         self.momentum, self.nesterov, self.weight_decay = momentum, nesterov, weight_decay
@@ -93,6 +105,9 @@ class Adam(Optimizer):
 
     def __init__(self, model, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0):
         super().__init__(model, lr)
+        _require(all(0 <= beta < 1 for beta in betas), "Adam needs 0 <= beta < 1 for both betas", betas)
+        _require(eps >= 0, "Adam needs eps >= 0", eps)
+        _require(weight_decay >= 0, "Adam needs weight_decay >= 0", weight_decay)
         self.betas, self.eps, self.weight_decay = betas, eps, weight_decay
         self.mean, self.square = self._moments(), self._moments()
 

@@ -23,10 +23,21 @@ def save(model, path):
 
     The file appears under its name when it is complete: whoever reads it sees the old one or the new one.
     In a parallel program one rank writes: ``if grid.rank == 0: save(model, path)``.
+
+    Raises
+    ------
+    RuntimeError
+        The model has no memory yet.
+    FileNotFoundError
+        The folder does not exist.
     """
-    arrays = {name: np.array(p.value, np.int64) if name.endswith(_COUNTER) else np.ascontiguousarray(p.value)
+    if not hasattr(model, "vector"):
+        raise RuntimeError("this model has no memory yet: call model.init(seed) before saving it")
+    arrays = {name: np.array(p.value, np.int64) if name.endswith(_COUNTER) else p.value
               for name, p in model.named().items()}
     path = os.fspath(path)
+    if not os.path.isdir(os.path.dirname(path) or "."):
+        raise FileNotFoundError(f"cannot save to {path}: the folder {os.path.dirname(path)} does not exist")
     with tempfile.TemporaryDirectory(dir=os.path.dirname(path) or ".", prefix=".mpiml-") as folder:
         part = os.path.join(folder, "part")
         save_file(arrays, part)
@@ -52,6 +63,9 @@ def load(model, path):
     """
     try:
         arrays = load_file(path)
+    except (TypeError, AttributeError) as error:  # how safetensors meets a dtype that NumPy lacks
+        raise ValueError(f"{os.fspath(path)} holds a dtype that NumPy does not know, such as bfloat16 ({error}): "
+                         f"convert it to float32") from error
     except SafetensorError as error:
         raise ValueError(f"{os.fspath(path)} is not a whole safetensors file ({error}); pickled files (.pt, .pkl) are "
                          f"programs and are not read: convert them with safetensors.torch.save_file") from error
@@ -60,7 +74,8 @@ def load(model, path):
     problems += [f"{name} is not in the model" for name in arrays if name not in named]
     problems += [f"{name} has shape {arrays[name].shape} instead of {p.shape}" for name, p in named.items()
                  if name in arrays and arrays[name].shape != p.shape]
-    problems += [f"{name} is of {array.dtype}" for name, array in arrays.items() if array.dtype.kind not in "fi"]
+    problems += [f"{name} is of {array.dtype}, not of floats" for name, array in arrays.items()
+                 if array.dtype.kind != "f" and not (array.dtype.kind == "i" and name.endswith(_COUNTER))]
     if problems:
         shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
         raise ValueError(f"{os.fspath(path)} does not fit this model: {shown}")

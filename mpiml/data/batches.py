@@ -19,7 +19,7 @@ def share(n, rank, ranks, multiple=1):
     return min(n, units * rank // ranks * multiple), min(n, units * (rank + 1) // ranks * multiple)
 
 
-class batches:  # noqa: N801  (reads as a function: for x, y in batches(...))
+class batches:
     """The batches of one epoch, as pairs (x, y) of this rank's shares; ``len`` is their number.
 
     Each global batch is a run of ``size`` samples of the epoch's order (the last batch may be smaller), and each
@@ -45,8 +45,10 @@ class batches:  # noqa: N801  (reads as a function: for x, y in batches(...))
     Raises
     ------
     ValueError
-        There are no samples, fewer samples or smaller batches than ranks, x and y differ in length, or the ranks
-        hold data of different lengths.
+        There are no samples, fewer samples or smaller batches than ranks, x and y differ in length, or ``size`` or
+        ``multiple`` is not a whole number above 0.
+    mpiml.parallel.RankError
+        The ranks hold data of different lengths, or ask for different batches.
 
     Examples
     --------
@@ -56,16 +58,20 @@ class batches:  # noqa: N801  (reads as a function: for x, y in batches(...))
 
     def __init__(self, x, y, size, *, epoch=0, seed=0, shuffle=True, grid=None, multiple=1, transform=None):
         rank, ranks = (grid.replica, grid.data) if grid else (0, 1)
+        for name, value in ("size", size), ("multiple", multiple):
+            if not isinstance(value, (int, np.integer)) or value < 1:
+                raise ValueError(f"{name} is a number of samples, a whole number above 0, not {value!r}")
+        if grid:
+            grid.same("the number of samples, the batch size, epoch, seed, shuffle and multiple",
+                      (len(x), int(size), epoch, seed, shuffle, int(multiple)))
         if len(x) != len(y):
             raise ValueError(f"x has {len(x)} samples but y has {len(y)}")
         if len(x) < ranks:
-            raise ValueError(f"{len(x)} samples cannot be shared by {ranks} ranks: every rank needs one at least, so use "
-                             f"{max(len(x), 1)} ranks at most" if len(x) else "the data set is empty: no samples")
+            raise ValueError(f"{len(x)} samples cannot be shared by {ranks} ranks: every rank needs one at least, so "
+                             f"use {len(x)} ranks at most" if len(x) else "the data set is empty: no samples")
         if size < ranks * multiple:
-            raise ValueError(f"a batch of {size} cannot be shared by {ranks} ranks in multiples of {multiple}: use a size "
-                             f"of {ranks * multiple} at least, or fewer ranks")
-        if grid:
-            grid.same("the number of samples, the batch size, epoch and seed", (len(x), size, epoch, seed, shuffle))
+            raise ValueError(f"a batch of {size} cannot be shared by {ranks} ranks in multiples of {multiple}: use a "
+                             f"size of {ranks * multiple} at least, or fewer ranks")
         self.x, self.y, self.size, self.transform = x, y, size, transform
         self.rank, self.ranks, self.multiple = rank, ranks, multiple
         self.order = generator(seed, "shuffle", epoch).permutation(len(x)) if shuffle else np.arange(len(x))

@@ -9,6 +9,8 @@ import numpy as np
 
 _DTYPES = {0x08: "u1", 0x09: "i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
 _LIMIT = 2**33  # bytes: a damaged or hostile header must not ask for all memory
+_DEFLATE = 1032  # gzip makes data smaller by this factor at most
+_AXES = 32  # NumPy 1 has no more
 
 
 def read_idx(path):
@@ -25,14 +27,14 @@ def read_idx(path):
         with open(path, "rb") as file:
             packed = file.read(2) == b"\x1f\x8b"
         with (gzip.open if packed else open)(path, "rb") as file:
-            return _parse(file, path)
+            return _parse(file, path, os.path.getsize(path) * (_DEFLATE if packed else 1))
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(f"{path} is a damaged or truncated gzip file ({error}): fetch it again") from error
 
 
-def _parse(file, path):
+def _parse(file, path, room):
     head = file.read(4)
-    if len(head) < 4 or head[:2] != b"\0\0" or head[2] not in _DTYPES or head[3] == 0:
+    if len(head) < 4 or head[:2] != b"\0\0" or head[2] not in _DTYPES or not 0 < head[3] <= _AXES:
         raise ValueError(f"{path} is not an IDX file: it starts with the bytes {head.hex(' ') or '(none)'}, not with "
                          f"00 00, an element type and a number of axes")
     axes = head[3]
@@ -46,9 +48,9 @@ def _parse(file, path):
         expected *= n
     if not 0 < expected <= _LIMIT:
         raise ValueError(f"{path} claims the shape {shape}, {expected} bytes: its header is damaged")
-    data = file.read(expected + 1)
+    data = file.read(min(expected, room) + 1)  # read() allocates what it is asked for before it reads
     if len(data) != expected:
-        raise ValueError(f"{path} is {'longer' if len(data) > expected else 'truncated'}: its header says {expected} bytes "
-                         f"for the shape {shape}, but " + ("more follow" if len(data) > expected else f"there are {len(data)}")
-                         + ": fetch it again")
+        longer = len(data) > expected
+        raise ValueError(f"{path} is {'longer' if longer else 'truncated'}: its header says {expected} bytes for the "
+                         f"shape {shape}, but {'more follow' if longer else f'there are {len(data)}'}: fetch it again")
     return np.frombuffer(data, dtype).reshape(shape).astype(dtype.newbyteorder("="))

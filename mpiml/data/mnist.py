@@ -1,5 +1,6 @@
 """MNIST (LeCun, Cortes and Burges 1998), and the smaller digits that stand in where it cannot be had."""
 
+import importlib.util
 import os
 import sys
 import threading
@@ -58,24 +59,26 @@ def mnist(folder=None, grid=None):
     if reached:
         return load(cache)
     if grid is None or grid.rank == 0:
-        print(f"mpiml: MNIST is not at hand ({problem or 'another node has it not'}): using the 1,797 digits of "
+        print(f"mpiml: MNIST is not at hand ({problem or 'another node could not get it'}): using the 1,797 digits of "
               f"scikit-learn; --data or MPIML_DATA can name a folder with the IDX files", file=sys.stderr, flush=True)
     return digits()
 
 
 def load(folder):
     """MNIST from the four IDX files in ``folder``, plain or gzipped; see :func:`mnist`."""
-    folder = Path(folder)
-    arrays = [read_idx(_find(folder, name)) for name in FILES]
+    paths = [_find(Path(folder), name) for name in FILES]
+    arrays = [read_idx(path) for path in paths]
     for i in 0, 2:
         images, labels = arrays[i], arrays[i + 1]
         if images.ndim != 3 or images.dtype != np.uint8:
-            raise ValueError(f"{folder} holds images of shape {images.shape} and dtype {images.dtype}, not (n, height, "
-                             f"width) of uint8")
-        if labels.shape != (len(images),):
-            raise ValueError(f"{folder} holds {len(images)} images but labels of shape {labels.shape}")
+            raise ValueError(f"{paths[i]} holds an array of shape {images.shape} and dtype {images.dtype}, not images "
+                             f"(n, height, width) of uint8")
+        if labels.shape != (len(images),) or labels.dtype != np.uint8:
+            raise ValueError(f"{paths[i + 1]} holds an array of shape {labels.shape} and dtype {labels.dtype}, not "
+                             f"labels ({len(images)},) of uint8 for the images in {paths[i].name}")
         if labels.max() > 9:
-            raise ValueError(f"{folder} holds the label {labels.max()} at position {labels.argmax()}: digits run from 0 to 9")
+            raise ValueError(f"{paths[i + 1]} holds the label {labels.max()} at position {labels.argmax()}: digits run "
+                             f"from 0 to 9")
     x, y, x_test, y_test = arrays
     return (x[:, None], y.astype(np.int64)), (x_test[:, None], y_test.astype(np.int64))
 
@@ -85,8 +88,8 @@ def _find(folder, name):
     for candidate in folder / plain, folder / name:
         if candidate.is_file():
             return candidate
-    raise FileNotFoundError(f"{folder} has neither {plain} nor {name}: name the folder with the four MNIST files by --data "
-                            f"or MPIML_DATA, or name none to download them")
+    raise FileNotFoundError(f"{folder} has neither {plain} nor {name}: name the folder with the four MNIST files by "
+                            f"--data or MPIML_DATA, or name none to download them")
 
 
 def fetch():
@@ -112,10 +115,10 @@ def fetch():
             continue
         store = pooch.create(folder, mirror, {name: f"md5:{md5}" for name, md5 in FILES.items()})
         try:
-            for name in FILES:
-                store.fetch(name, downloader=pooch.HTTPDownloader(timeout=PATIENCE))  # to a temporary file, then renamed
+            for name in FILES:  # each to a temporary file, which is then checked and renamed
+                store.fetch(name, downloader=pooch.HTTPDownloader(timeout=PATIENCE))
         except (OSError, ValueError) as error:  # unreachable or no space, or another checksum
-            problem = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+            problem = f"{type(error).__name__}: {error}".splitlines()[0]
         else:
             return str(folder), None
     return None, problem
@@ -142,14 +145,14 @@ def digits():
 
     Returned as by :func:`mnist`.
     """
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError as error:
-        raise ImportError("the embedded digits come with scikit-learn: pip install 'mpiml[examples]'") from error
-    data = load_digits()
-    order = generator(0, "digits").permutation(len(data.target))
-    x = np.rint(data.images[order, None] * (255 / 16)).astype(np.uint8)
-    y = data.target[order].astype(np.int64)
+    package = importlib.util.find_spec("sklearn")
+    if package is None:
+        raise ImportError("the embedded digits come with scikit-learn: pip install 'mpiml[examples]'")
+    # Its file is read here, since importing scikit-learn takes each rank seconds.
+    table = np.loadtxt(Path(package.origin).parent / "datasets" / "data" / "digits.csv.gz", delimiter=",")
+    order = generator(0, "digits").permutation(len(table))
+    images, y = table[order, :64].reshape(-1, 1, 8, 8), table[order, 64].astype(np.int64)
+    x = np.rint(images * (255 / 16)).astype(np.uint8)
     return (x[:1500], y[:1500]), (x[1500:], y[1500:])
 
 

@@ -1,18 +1,23 @@
 """``@kernel``: how this package compiles a function, once per node, for everybody on it.
 
 Numba compiles a kernel when it is first called with new dtypes, and keeps the machine code in a cache on
-disk. That cache has no lock: two processes that compile at once do the work twice, and with different
-dtypes of one function they can leave an index that points at the wrong code. So the process that finds the
-cache without an entry takes a lock of its node (a file lock, freed by the system whatever happens to the
+disk. That cache has no lock: two processes that compile at once do the work twice. So the process that finds
+the cache without an entry takes a lock of its node (a file lock, freed by the system whatever happens to the
 process), looks again, and compiles only if nobody did so meanwhile.
+
+The files of that cache are numbered, and its index is written before them: nodes of different CPUs that share
+a home, or a process killed between the two after an update of this package, leave an index that points at the
+wrong code. So here a file is written first, under a name that belongs to its contents alone.
 """
 
+import hashlib
 import os
 import sys
 import tempfile
 
 import numba
-from numba.core.caching import FunctionCache
+from numba.core.caching import FunctionCache, IndexDataCacheFile
+from numba.core.compiler_lock import global_compiler_lock
 
 from mpiml import cores
 
@@ -61,7 +66,20 @@ class _NodeLock:
 _lock = _NodeLock()
 
 
+class _CacheFiles(IndexDataCacheFile):
+    def save(self, key, data):
+        digest = hashlib.blake2b(repr((self._source_stamp, key)).encode(), digest_size=8).digest()
+        name = self._data_name(int.from_bytes(digest, "little"))
+        self._save_data(name, data)
+        self._save_index({**self._load_index(), key: name})
+
+
 class _NodeCache(FunctionCache):
+    def __init__(self, function):
+        super().__init__(function)
+        old = self._cache_file
+        self._cache_file = _CacheFiles(old._cache_path, self._impl.filename_base, old._source_stamp)
+
     def load_overload(self, sig, target_context):
         code = super().load_overload(sig, target_context)
         if code is None:
@@ -80,11 +98,12 @@ def kernel(function):
     compile_ = dispatcher.compile
 
     def compile_once(sig):
-        depth = _lock.depth
-        try:
-            return compile_(sig)
-        finally:
-            _lock.release_to(depth)
+        with global_compiler_lock:  # the lock counts for this process: one thread at a time
+            depth = _lock.depth
+            try:
+                return compile_(sig)
+            finally:
+                _lock.release_to(depth)
 
     dispatcher.compile = compile_once
     return dispatcher

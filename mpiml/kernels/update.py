@@ -62,6 +62,9 @@ def norm(g):
 
 @kernel
 def scale(g, factor):
-    """``g *= factor`` in place."""
+    """``g *= factor`` in place; the sum of the result, which is not finite if any element is not."""
+    total = g.dtype.type(0)
     for i in range(g.size):
         g[i] *= factor
+        total += g[i]
+    return total

@@ -5,7 +5,9 @@ caught prints its traceback under its rank, in one piece, and aborts the job; so
 other than 0.
 """
 
+import fcntl
 import sys
+import termios
 import threading
 import time
 import traceback
@@ -13,7 +15,23 @@ import traceback
 from mpi4py import MPI, run
 
 # When an error is found together, those who did not cause it let the one who did speak first.
-_COURTESY = 1.0  # seconds
+_COURTESY = 2.0  # seconds
+
+
+def _drain(stream):
+    """Wait until the launcher has read what was written to ``stream``: what is in its pipe dies with the job."""
+    stream.flush()
+    deadline = time.monotonic() + 1
+    unread = bytearray(4)
+    while time.monotonic() < deadline:
+        try:
+            fcntl.ioctl(stream.fileno(), termios.FIONREAD, unread)
+        except (OSError, ValueError, AttributeError):
+            break  # no pipe, or a stream that a test has put in its place
+        if not any(unread):
+            break
+        time.sleep(0.01)
+    time.sleep(0.2)  # from the launcher's agent on this node to the user
 
 
 def install(comm):
@@ -28,7 +46,7 @@ def install(comm):
         where = f"rank {comm.rank} of {comm.size} on {MPI.Get_processor_name()}"
         sys.stdout.flush()
         sys.stderr.write(f"\nmpiml: {where} failed and ends the job\n{lines}")
-        sys.stderr.flush()
+        _drain(sys.stderr)
         comm.Abort(130 if issubclass(kind, KeyboardInterrupt) else 1)
 
     def leave(status=None):

@@ -117,7 +117,8 @@ def _explain(grid, model, number, x, y, local, total, count):
     model.sums[:] = 0
     ranks = [rank for rank, text in enumerate(problems) if text]
     said = "; ".join(f"rank {rank}: {problems[rank]}" for rank in ranks[:5]) or "all inputs and losses are finite"
-    fix = ("clean the data" if "input" in said or "target" in said else
+    fix = ("clean the data" if any("values" in text for text in problems) else
            "training diverges: lower the learning rate, or clip the gradient's norm")
-    what = f"the loss of step {number} is {total / count}" if not math.isfinite(total) else f"the gradient of step {number} is not finite"
+    what = (f"the gradient of step {number} is not finite" if math.isfinite(total) else
+            f"the loss of step {number} is {total / count}")
     raise RankError(f"{what} ({said}): {fix}", ranks or list(range(grid.size)))

@@ -1,0 +1,70 @@
+"""Starting a job under mpirun that cannot outlive its time limit, whatever its processes do."""
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+import uuid
+from pathlib import Path
+from typing import NamedTuple
+
+import psutil
+
+ROOT = Path(__file__).parent.parent
+# What Open MPI needs to start many ranks on few cores, as root; MPICH does so by itself.
+OPEN_MPI = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+            "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe", "OMPI_MCA_rmaps_base_oversubscribe": "1"}
+
+
+class Run(NamedTuple):
+    code: int
+    out: str
+    err: str
+    end: float  # time.time() when mpirun returned
+    left: list  # processes of the job that were still alive two seconds later
+
+
+def launcher():
+    """The mpirun of this Python's environment, else the one on the PATH."""
+    beside = Path(sys.executable).parent / "mpirun"
+    return str(beside) if beside.exists() else shutil.which("mpirun") or "mpirun"
+
+
+def environment(**more):
+    # Without the MPIML_DATA of the developer, so that a test sees what it asks for.
+    clean = {name: value for name, value in os.environ.items() if name != "MPIML_DATA"}
+    return clean | OPEN_MPI | more
+
+
+def mpirun(ranks, *command, timeout=120, env=None):
+    """Run ``python *command`` on ``ranks`` ranks; after ``timeout`` seconds all its processes are killed."""
+    token = uuid.uuid4().hex
+    job = subprocess.Popen([launcher(), "-n", str(ranks), sys.executable, *command], cwd=ROOT, text=True,
+                           stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                           start_new_session=True, env=(env or environment()) | {"MPIML_TEST_JOB": token})
+    try:
+        out, err = job.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        for process in _alive(token):
+            process.kill()
+        out, err = job.communicate()
+        raise AssertionError(f"{' '.join(command)} on {ranks} ranks did not end within {timeout} s\n{out}\n{err}") from None
+    end = time.time()
+    psutil.wait_procs(_alive(token), timeout=2)
+    left = _alive(token)
+    for process in left:
+        process.kill()
+    return Run(job.returncode, out, err, end, left)
+
+
+def _alive(token):
+    # Launchers start their processes in sessions of their own; what all have is this job's environment.
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get("MPIML_TEST_JOB") == token and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except psutil.Error:
+            pass
+    return found

@@ -1,0 +1,109 @@
+"""Whole jobs under mpirun: the suite on several ranks, the examples, and how a job ends when a rank fails."""
+
+import os
+import pty
+import re
+import select
+import subprocess
+import sys
+import time
+
+import pytest
+from launch import ROOT, environment, launcher, mpirun
+
+pytestmark = pytest.mark.launch
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4, 8])
+def test_the_parallel_suite(ranks):
+    run = mpirun(ranks, "-m", "pytest", "-q", "tests/test_parallel.py", timeout=240)
+    assert run.code == 0, run.out + run.err
+    assert len(re.findall(r"\d+ passed", run.out)) == ranks
+
+
+FAULTS = {
+    "raise": r"LookupError: this rank cannot go on",
+    "thread": r"KeyError: 'key of a thread'",
+    "data": r"FileNotFoundError: .* has neither train-images-idx3-ubyte nor train-images-idx3-ubyte\.gz: name the folder",
+    "label": r"ValueError: label 10 at position 2 in a problem of 10 classes: labels run from 0 to 9",
+    "nan": r"RankError: the loss of step 20 is nan \(rank {rank}: 1 of the 20 values of its input are not finite, "
+           r"the first at \(3, 1\)\): clean the data",
+    "shape": r"ValueError: linear takes 5 features \(weight \(10, 5\)\), but the input of shape \(4, 4\) has 4",
+    "dtype": r"TypeError: linear got an input of float64 and a weight of float32: convert the input with",
+}
+
+
+@pytest.mark.parametrize("ranks", [2, 8])
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_failing_rank_ends_the_job(fault, ranks, tmp_path):
+    run = mpirun(ranks, "tests/faults.py", fault, str(tmp_path), timeout=60)
+    rank = 0 if fault == "data" else ranks // 2 - 1
+    assert run.code != 0
+    assert f"mpiml: rank {rank} of {ranks} on" in run.err, run.err
+    assert re.search(FAULTS[fault].format(rank=rank), run.err), run.err
+    assert "Traceback (most recent call last)" in run.err and "faults.py" in run.err
+    assert run.end - float(re.search(r"FAULT (\S+)", run.err)[1]) < 5
+    assert not run.left
+
+
+def test_sys_exit_on_one_rank_ends_the_job_with_its_status():
+    run = mpirun(4, "tests/faults.py", "exit", timeout=60)
+    assert run.code == 7, run.err
+    assert run.end - float(re.search(r"FAULT (\S+)", run.err)[1]) < 5
+    assert not run.left
+
+
+ACCURACY = re.compile(r"^accuracy (\d\.\d+), ([\d,]+) samples/s$", re.M)
+
+
+@pytest.mark.parametrize("ranks, options", [(1, []), (3, ["--batch", "50"]), (8, ["--model", "cnn", "--dtype", "float64"])])
+def test_the_example_on_the_embedded_digits(ranks, options, tmp_path):
+    # A cache that cannot be made, so that a developer's own MNIST is not found there.
+    (tmp_path / "file").touch()
+    run = mpirun(ranks, "examples/mnist_dp.py", "--epochs", "12", *options,
+                 env=environment(XDG_CACHE_HOME=str(tmp_path / "file"), NO_PROXY="", HTTPS_PROXY="http://127.0.0.1:9"))
+    assert run.code == 0, run.err
+    assert run.err.count("using the 1,797 digits of scikit-learn") == 1
+    assert run.out.count("epoch ") == 12
+    assert float(ACCURACY.search(run.out)[1]) > 0.93
+    assert re.search(r"^slowest rank \d: compute .* communicate .* wait .* other", run.out, re.M)
+    assert "\r" not in run.err  # no progress bar in a log
+
+
+def test_the_example_on_mnist(mnist_folder, tmp_path):
+    path = tmp_path / "weights.safetensors"
+    run = mpirun(8, "examples/mnist_dp.py", "--epochs", "1", "--data", mnist_folder, "--save", str(path))
+    assert run.code == 0, run.err
+    assert float(ACCURACY.search(run.out)[1]) > 0.95
+    assert path.stat().st_size > 4 * 109386
+
+
+def test_the_loss_of_an_epoch_does_not_depend_on_the_ranks(mnist_folder):
+    losses = []
+    for ranks in 1, 2, 8:
+        run = mpirun(ranks, "examples/mnist_dp.py", "--epochs", "1", "--batch", "250", "--data", mnist_folder)
+        losses.append(float(re.search(r"epoch 1: loss (\S+),", run.out)[1]))
+    assert losses == pytest.approx([losses[0]] * 3, rel=1e-5)
+
+
+def test_wrong_options_are_explained_once(tmp_path):
+    run = mpirun(4, "examples/mnist_dp.py", "--batch", "3", timeout=60)
+    assert run.code != 0
+    assert "a batch of 3 cannot be shared by 4 ranks" in run.err
+
+
+def test_a_terminal_sees_a_progress_bar():
+    parent, child = pty.openpty()
+    job = subprocess.Popen([launcher(), "-n", "2", sys.executable, "examples/mnist_dp.py", "--epochs", "2"], cwd=ROOT,
+                           stdin=child, stdout=child, stderr=child, start_new_session=True,
+                           env=environment(MPIML_DATA="") | {"HTTPS_PROXY": "http://127.0.0.1:9"})
+    os.close(child)
+    seen, limit = b"", time.time() + 60
+    while (time.time() < limit and select.select([parent], [], [], 1)[0]) or job.poll() is None:
+        try:
+            seen += os.read(parent, 4096)
+        except OSError:
+            break
+    assert job.wait(10) == 0, seen.decode()
+    assert re.search(rb"epoch 1: +\d+%\|", seen), seen.decode()
+    assert seen.count(b"accuracy") >= 3

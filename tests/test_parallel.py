@@ -1,0 +1,295 @@
+"""Training on the ranks there are, against the same job on one: passes on any number of ranks."""
+
+import numpy as np
+import pytest
+from mpi4py import MPI
+
+from mpiml import metrics
+from mpiml.data import batches, share
+from mpiml.nn import (
+    AvgPool2d,
+    BatchNorm2d,
+    Concatenate,
+    Conv2d,
+    Dropout,
+    Embedding,
+    Flatten,
+    GroupNorm,
+    LayerNorm,
+    Linear,
+    MaxPool2d,
+    Residual,
+    Sequential,
+)
+from mpiml.ops import cross_entropy, gelu, identity, mse_loss, relu
+from mpiml.optim import SGD, Adam, clip_norm
+from mpiml.parallel import Grid, RankError, Watch, evaluate, gradient, place
+from mpiml.tensor import Tensor
+
+GRID = Grid()
+ALONE = Grid(comm=MPI.COMM_SELF)
+
+
+def mlp():
+    return Sequential(Linear(12, 16), relu, LayerNorm(16), Dropout(0.3), Linear(16, 10))
+
+
+def conv_net():
+    return Sequential(
+        Conv2d(2, 4, 3, padding=1), BatchNorm2d(4, samples=2), relu, MaxPool2d(2),
+        Residual(Sequential(Conv2d(4, 4, 3, padding=1), GroupNorm(2, 4), gelu)),
+        Concatenate(identity, Conv2d(4, 2, 1)), AvgPool2d(2), Flatten(), Dropout(0.2), Linear(6 * 2 * 2, 10))
+
+
+def bag():
+    return Sequential(Embedding(20, 6), Flatten(), Linear(6 * 5, 10))
+
+
+def problem(model, samples):
+    rng = np.random.default_rng(1)
+    x = {"mlp": lambda: rng.standard_normal((samples, 12)),
+         "conv_net": lambda: rng.standard_normal((samples, 2, 8, 8)),
+         "bag": lambda: rng.integers(0, 20, (samples, 5))}[model.__name__]()
+    return x, rng.integers(0, 10, samples)
+
+
+def mine(grid, *arrays, multiple=1):
+    start, stop = share(len(arrays[0]), grid.replica, grid.data, multiple)
+    return [a[start:stop] for a in arrays]
+
+
+@pytest.mark.parametrize("samples", [16, 17, 23])
+@pytest.mark.parametrize("model", [mlp, conv_net, bag])
+def test_the_gradient_is_that_of_one_rank(model, samples):
+    x, y = problem(model, samples)
+    results = []
+    for grid in GRID, ALONE:
+        net = place(model(), grid, seed=3, dtype=np.float64)
+        loss = gradient(net, cross_entropy, grid)(*mine(grid, x, y, multiple=2))
+        results.append((loss, net.gradient[:net.learnt].copy()))
+        SGD(net, lr=0.0).step()  # lets the running statistics absorb what was measured
+        results[-1] += (net.vector.copy(),)
+    (loss, ours, vector), (one_loss, one, one_vector) = results
+    assert loss == pytest.approx(one_loss, rel=1e-12)
+    np.testing.assert_allclose(ours, one, rtol=0, atol=1e-10 * np.abs(one).max())
+    np.testing.assert_allclose(vector, one_vector, rtol=1e-10, atol=1e-12)
+
+
+def test_serial_training_without_a_grid_gives_the_same_gradient():
+    x, y = problem(bag, 21)
+    net, same = place(bag(), GRID, dtype=np.float64), bag().init(dtype=np.float64)
+    gradient(net, cross_entropy, GRID)(*mine(GRID, x, y))
+    (cross_entropy(same(x, training=True), y) / len(y)).backward()
+    np.testing.assert_allclose(net.gradient, same.gradient, rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(np.float32, 1e-5), (np.float64, 1e-10)])
+@pytest.mark.parametrize("size", [16, 27])
+def test_an_epoch_ends_like_on_one_rank(dtype, tolerance, size):
+    x, y = problem(mlp, 205)
+    results = []
+    for grid in GRID, ALONE:
+        net = place(mlp(), grid, dtype=dtype)
+        optimizer, step = Adam(net, lr=0.01), gradient(net, cross_entropy, grid)
+        for epoch in range(2):
+            losses = []
+            for bx, by in batches(x.astype(dtype), y, size, epoch=epoch, grid=grid):
+                losses.append(step(bx, by))
+                clip_norm(net, 1.0)
+                optimizer.step()
+        results.append((np.mean(losses), net.vector))
+    (ours, vector), (one, one_vector) = results
+    assert ours == pytest.approx(one, rel=tolerance)
+    np.testing.assert_allclose(vector, one_vector, rtol=0, atol=100 * tolerance)
+
+
+def test_all_ranks_hold_the_same_bits():
+    net = place(mlp(), GRID)
+    x, y = (a.astype(np.float32) if a.dtype == float else a for a in problem(mlp, 40))
+    step, optimizer = gradient(net, cross_entropy, GRID), SGD(net, lr=0.1, momentum=0.9)
+    for _ in range(5):
+        step(*mine(GRID, x, y))
+        optimizer.step()
+    GRID.same("weights", net.vector.tobytes().hex()[:4096])
+    assert not np.array_equal(net.vector, mlp().init().vector)
+
+
+def test_a_rank_without_samples_takes_part():
+    x, y = problem(mlp, 1)
+    net, one = place(mlp(), GRID, dtype=np.float64), place(mlp(), ALONE, dtype=np.float64)
+    loss = gradient(net, cross_entropy, GRID)(*mine(GRID, x, y))
+    assert loss == pytest.approx(gradient(one, cross_entropy, ALONE)(x, y), rel=1e-12)
+    np.testing.assert_allclose(net.gradient, one.gradient, rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize("size", [7, 64, 1000])
+def test_evaluation_is_exact(size):
+    x, y = problem(mlp, 333)
+    measured = {"loss": cross_entropy, "accuracy": metrics.correct}
+    net = place(mlp(), GRID, dtype=np.float64)
+    ours = evaluate(net, x, y, measured, GRID, size)
+    assert ours == evaluate(net, x, y, measured, ALONE, size)
+    assert ours["accuracy"] == np.mean(net(x).argmax(axis=1) == y)
+    assert ours["loss"] == pytest.approx(float(cross_entropy(net(x), y)) / 333, rel=1e-12)
+
+
+def test_evaluation_of_nothing():
+    with pytest.raises(ValueError, match="x has 0 and y has 0"):
+        evaluate(identity, np.zeros((0, 3)), np.zeros(0), {}, GRID)
+
+
+def test_a_nan_is_reported_by_all_and_training_may_go_on():
+    x, y = problem(mlp, 24)
+    net = place(mlp(), GRID, dtype=np.float64)
+    step, optimizer = gradient(net, cross_entropy, GRID), SGD(net, lr=0.1)
+    before = net.vector.copy()
+    bad = x.copy()
+    bad[-1, 5] = np.nan
+    with pytest.raises(RankError, match=rf"step 0 is nan \(rank {GRID.size - 1}: 1 of the .* input are not finite, "
+                                        r"the first at .*5\)\): clean the data") as caught:
+        step(*mine(GRID, bad, y))
+    assert caught.value.ranks == [GRID.size - 1]
+    optimizer.step()
+    np.testing.assert_array_equal(net.vector, before)
+    assert np.isfinite(step(*mine(GRID, x, y)))
+
+
+def test_a_diverged_model_is_told_from_bad_data():
+    x, y = problem(mlp, 24)
+    net = place(mlp(), GRID, dtype=np.float64)
+    net.vector[:] = np.inf
+    with np.errstate(invalid="ignore"), pytest.raises(RankError, match="training diverges: lower the learning rate"):
+        gradient(net, cross_entropy, GRID)(*mine(GRID, x, y))
+
+
+def test_an_infinite_gradient_of_a_finite_loss_is_reported():
+    class Root(Linear):
+        def __call__(self, x, training=False):
+            return super().__call__(x, training) ** 0.5
+
+    net = place(Root(3, 1, bias=False), GRID, dtype=np.float64)
+    with np.errstate(divide="ignore", invalid="ignore"), pytest.raises(RankError, match="gradient of step 0 is not finite"):
+        gradient(net, mse_loss, GRID)(np.zeros((2, 3)), np.ones((2, 1)))
+
+
+def test_an_empty_batch():
+    net = place(mlp(), GRID, dtype=np.float64)
+    with pytest.raises(RankError, match=f"batch of step 0 is empty on all {GRID.size} ranks"):
+        gradient(net, cross_entropy, GRID)(np.zeros((0, 12)), np.zeros(0, int))
+
+
+def test_x_and_y_of_different_lengths():
+    with pytest.raises(ValueError, match="x has 3 samples but y has 2"):
+        gradient(place(mlp(), GRID), cross_entropy, GRID)(np.zeros((3, 12)), np.zeros(2, int))
+
+
+def test_a_model_that_forgets_training():
+    class Forgetful(Linear):
+        def __call__(self, x, training=False):
+            return super().__call__(x)
+
+    with pytest.raises(TypeError, match="hand `training` on to its layers"):
+        gradient(place(Forgetful(12, 10), GRID, dtype=np.float64), cross_entropy, GRID)(*problem(mlp, 3))
+
+
+def test_batch_norm_needs_shares_it_can_split():
+    net = place(Sequential(BatchNorm2d(2)), GRID, dtype=np.float64)
+    if GRID.size > 1:
+        with pytest.raises(ValueError, match=f"spread over {GRID.size} ranks: give it samples="):
+            gradient(net, cross_entropy, GRID)
+    else:
+        gradient(net, cross_entropy, GRID)
+    net = place(Sequential(BatchNorm2d(2, samples=4), Flatten(), Linear(2 * 64, 10)), GRID, dtype=np.float64)
+    x, y = problem(conv_net, 3 * GRID.size)
+    step = gradient(net, cross_entropy, GRID)
+    if 3 * GRID.rank % 4:
+        with pytest.raises(ValueError, match="not a multiple of BatchNorm2d's samples=4"):
+            step(*mine(GRID, x, y))
+        # The ranks that start at a multiple of 4 wait in the all-reduce.
+        GRID.comm.Allreduce(MPI.IN_PLACE, net.sums, MPI.SUM)
+    else:
+        step(*mine(GRID, x, y))
+
+
+def test_a_grid_that_does_not_fit():
+    with pytest.raises(ValueError, match=rf"data={GRID.size + 3} needs {GRID.size + 3} processes, but there are {GRID.size}"):
+        Grid(data=GRID.size + 3)
+    assert Grid(data=GRID.size).data == GRID.size
+
+
+def test_the_launcher_of_another_mpi(monkeypatch):
+    monkeypatch.setenv("PMI_SIZE", str(GRID.size + 1))
+    with pytest.raises(RuntimeError, match=rf"started {GRID.size + 1} processes \(PMI_SIZE\).* sees {GRID.size}"):
+        Grid()
+
+
+def test_ranks_that_differ_are_told_so():
+    GRID.same("a constant", 1)
+    if GRID.size > 1:
+        told = f"number must be the same on all ranks, but .*rank {GRID.size - 1} have 7"
+        with pytest.raises(RankError, match=told) as caught:
+            GRID.same("number", 7 if GRID.rank == GRID.size - 1 else 5)
+        assert GRID.size == 2 or caught.value.ranks == [GRID.size - 1]
+        with pytest.raises(RankError, match="the model, its seed and dtype"):
+            place(mlp(), GRID, seed=GRID.rank)
+        with pytest.raises(RankError, match="number of samples"):
+            batches(np.zeros((9 + GRID.rank, 1)), np.zeros(9 + GRID.rank), 8, grid=GRID)
+
+
+def test_once_per_node():
+    calls = []
+    results = GRID.once_per_node(lambda a: calls.append(a) or [a, None, "text"], 5)
+    assert results == [5, None, "text"]
+    assert len(calls) == (GRID.node.rank == 0)
+
+    def broken():
+        raise OSError("no space")
+
+    with pytest.raises(RankError, match="rank 0 failed in broken: OSError: no space") as caught:
+        GRID.once_per_node(broken)
+    assert 0 in caught.value.ranks
+    assert GRID.all(True)
+    assert GRID.all(GRID.rank > 0) is False
+
+
+def test_texts_of_any_length():
+    assert GRID.texts("é" * GRID.rank) == ["é" * rank for rank in range(GRID.size)]
+
+
+def test_the_callers_communicator_is_left_alone():
+    comm = MPI.COMM_WORLD.Dup()
+    grid = Grid(comm=comm)
+    assert grid.comm != comm
+    request = comm.Irecv(np.empty(1), MPI.ANY_SOURCE, MPI.ANY_TAG)  # would catch any message of the library
+    net = place(bag(), grid, dtype=np.float64)
+    x, y = problem(bag, 16)
+    gradient(net, cross_entropy, grid)(*mine(grid, x, y))
+    evaluate(net, x, y, {"loss": cross_entropy}, grid)
+    assert not request.Test()
+    comm.Send(np.ones(1), comm.rank)
+    request.Wait()
+
+
+def test_the_watch_accounts_for_all_time():
+    watch = Watch()
+    for _ in range(3):
+        watch.record(0.1 * (GRID.rank + 1), 0.5 if GRID.rank else 0.25)
+    times = watch.times(GRID)
+    slow = np.arange(GRID.size) > 0
+    np.testing.assert_allclose(times["compute"], 0.3 * np.arange(1, GRID.size + 1))
+    np.testing.assert_allclose(times["communicate"], 0.75)
+    np.testing.assert_allclose(times["wait"], 0.75 * slow)
+    lines = watch.report(GRID).splitlines()
+    assert lines[0].startswith(f"slowest rank {GRID.size - 1}: compute {0.3 * GRID.size:.2f} s")
+    assert lines[1].startswith("fastest rank 0: compute 0.30 s")
+
+
+def test_the_step_takes_its_arrays_as_they_come():
+    net = place(bag(), GRID, dtype=np.float64)
+    x, y = mine(GRID, *problem(bag, 16))
+    step = gradient(net, cross_entropy, GRID)
+    expected = step(x, y)
+    assert step(np.asfortranarray(x), y.astype(np.uint8)) == expected
+    assert step(x[::-1][::-1], y) == expected
+    assert isinstance(expected, float)
+    assert not isinstance(net(x), Tensor)
