@@ -24,6 +24,8 @@ from . import ops
 from .random import generator, key
 from .tensor import FLOATS, Tensor
 
+_NO_MEMORY = "this model has no memory yet: call model.init(seed) before using it"
+
 
 class Step(NamedTuple):
     """What randomness in a training step depends on: pass it as ``training`` to a model with dropout.
@@ -102,6 +104,8 @@ class Module:
     def children(self):
         """(name, Parameter or Module) pairs, in the order in which they were set."""
         for name, child in vars(self).items():
+            if name.startswith("_"):
+                continue
             if isinstance(child, (Parameter, Module)):
                 yield name, child
             elif isinstance(child, (list, tuple)):
@@ -139,18 +143,25 @@ class Module:
         self.learnt = sum(p.size for _, p in named if not isinstance(p, Statistic))
         size = sum(p.size for _, p in named)
         self.vector = np.empty(size, dtype)
-        self.sums = np.zeros(size + 2, dtype)
-        self.gradient = self.sums[:size]
-        start = 0
-        for name, parameter in named:
-            stop = start + parameter.size
-            parameter.value = self.vector[start:stop].reshape(parameter.shape)
-            parameter.grad = self.gradient[start:stop].reshape(parameter.shape)
+        self._parameters = [p for _, p in named]
+        for (name, parameter), value in zip(named, self._views(self.vector), strict=True):
+            parameter.value = value
             parameter.value[...] = parameter.fill(generator(seed, name), parameter.shape)
-            start = stop
+        self.accumulate_in(np.zeros(size + 2, dtype))
         for name, module in self.named(Module).items():
             module.place = seed, name
         return self
+
+    def _views(self, vector):
+        stops = np.cumsum([p.size for p in self._parameters], dtype=int)
+        return [vector[stop - p.size:stop].reshape(p.shape) for p, stop in zip(self._parameters, stops, strict=True)]
+
+    def accumulate_in(self, sums):
+        """Let the gradients accumulate in this vector of length size + 2, such as one in shared memory."""
+        self.sums = sums
+        self.gradient = sums[:-2]
+        for parameter, grad in zip(self._parameters, self._views(self.gradient), strict=True):
+            parameter.grad = grad
 
     def absorb_statistics(self):
         """Move the running statistics by what the last steps measured; optimizers call it at the end of a step."""
@@ -159,7 +170,7 @@ class Module:
 
     def __repr__(self):
         named = self.named()
-        return (f"{type(self).__name__} of {sum(p.size for p in named.values())} parameters: "
+        return (f"{type(self).__name__} of {sum(p.size for p in named.values())} parameters" + ": " * bool(named)
                 + ", ".join(f"{name} {p.shape}" for name, p in named.items()))
 
 
@@ -172,7 +183,7 @@ def given(training, *parameters):
         A parameter has no memory yet.
     """
     if any(p is not None and p.value is None for p in parameters):
-        raise RuntimeError("this model has no memory yet: call model.init(seed) before using it")
+        raise RuntimeError(_NO_MEMORY)
     return parameters if training else [None if p is None else p.value for p in parameters]
 
 
@@ -258,7 +269,7 @@ class Conv2d(Module):
     """Images (n, in_channels, h, w) -> (n, out_channels, oh, ow), see :func:`mpiml.ops.conv2d`."""
 
     def __init__(self, in_channels, out_channels, kernel_size, stride=1, padding=0, dilation=1, groups=1, bias=True):
-        if in_channels % groups or out_channels % groups:
+        if groups < 1 or in_channels % groups or out_channels % groups:
             raise ValueError(f"Conv2d cannot split {in_channels} input and {out_channels} output channels into "
                              f"{groups} equal groups")
         kh, kw = (kernel_size, kernel_size) if isinstance(kernel_size, int) else kernel_size
@@ -315,6 +326,8 @@ class Dropout(Module):
         if not isinstance(training, Step):
             raise TypeError("Dropout needs to know the step, or it would drop the same elements in each: call "
                             "model(x, training=Step(number))")
+        if not hasattr(self, "place"):
+            raise RuntimeError(_NO_MEMORY)
         return ops.dropout(x, self.p, key(*self.place, "dropout", training.number), training.first)
 
 

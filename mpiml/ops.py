@@ -11,7 +11,7 @@ import builtins
 import numpy as np
 
 from . import kernels as k
-from .tensor import add, divide, getitem, matmul, multiply, negative, op, power, subtract, unbroadcast
+from .tensor import FLOATS, add, divide, getitem, matmul, multiply, negative, op, power, subtract, unbroadcast
 
 __all__ = ["add", "avg_pool2d", "batch_norm", "binary_cross_entropy_with_logits", "broadcast_to", "clip",
            "concatenate", "conv2d", "cross_entropy", "divide", "dropout", "embedding", "exp", "flatten", "gelu",
@@ -42,7 +42,8 @@ def flatten(x):
 @op
 def transpose(x, axes=None):
     """x with its axes reversed, or in the order ``axes``."""
-    return np.transpose(x, axes), (lambda g: np.transpose(g, None if axes is None else np.argsort(axes)),)
+    return np.transpose(x, axes), (lambda g: np.transpose(
+        g, None if axes is None else np.argsort([axis % x.ndim for axis in axes])),)
 
 
 @op
@@ -145,6 +146,12 @@ def min(x, axis=None, keepdims=False):
 
 # --- Elementwise ----------------------------------------------------------------------------------------------
 
+def _floats(name, x):
+    # Kernels compute in the dtype of x: of integers, sigmoid would be 0.
+    if x.dtype not in FLOATS:
+        raise TypeError(f"{name} takes float32 or float64, not {x.dtype}: convert it with .astype(np.float32)")
+
+
 @op
 def exp(x):
     """e**x."""
@@ -175,6 +182,7 @@ def tanh(x):
 @op
 def sigmoid(x):
     """1 / (1 + exp(-x))."""
+    _floats("sigmoid", x)
     y = k.sigmoid(x)
     return y, (lambda g: k.sigmoid_vjp(g, y),)
 
@@ -189,6 +197,7 @@ def relu(x):
 @op
 def gelu(x, approximate="none"):
     """x * Phi(x) (Hendrycks and Gimpel 2016), exact or with ``approximate="tanh"``."""
+    _floats("gelu", x)
     if approximate not in ("none", "tanh"):
         raise ValueError(f'gelu knows approximate="none" and "tanh", not {approximate!r}')
     tanh = approximate == "tanh"
@@ -198,6 +207,7 @@ def gelu(x, approximate="none"):
 @op
 def silu(x):
     """x * sigmoid(x)."""
+    _floats("silu", x)
     return k.silu(x), (lambda g: k.silu_vjp(g, x),)
 
 
@@ -225,6 +235,7 @@ def dropout(x, p, key, first=0):
 
     The mask is a function of (``key``, ``first`` + row, element) alone, see :func:`mpiml.kernels.dropout`.
     """
+    _floats("dropout", x)
     if not 0 <= p < 1:
         raise ValueError(f"dropout sets elements to 0 with a probability 0 <= p < 1, not {p}")
     return k.dropout(x, p, key, first), (lambda g: k.dropout(g, p, key, first),)
@@ -232,10 +243,20 @@ def dropout(x, p, key, first=0):
 
 # --- Layers ---------------------------------------------------------------------------------------------------
 
-def _same_dtype(name, x, weight):
-    if x.dtype != weight.dtype:
-        raise TypeError(f"{name} got an input of {x.dtype} and a weight of {weight.dtype}: convert the input with "
-                        f".astype(np.{weight.dtype})")
+def _same_dtype(name, x, other, argument="weight"):
+    if x.dtype != other.dtype:
+        raise TypeError(f"{name} got an input of {x.dtype} and a {argument} of {other.dtype}: convert the input with "
+                        f".astype(np.{other.dtype}), or the {argument}")
+
+
+def _vectors(name, x, shape, **arrays):
+    # A kernel does not look at bounds, and broadcasting hides a wrong shape.
+    for argument, array in arrays.items():
+        if array is not None:
+            _same_dtype(name, x, array, argument)
+            if array.shape != shape:
+                raise ValueError(f"{name} of an input of shape {x.shape} takes a {argument} of shape {shape}, not "
+                                 f"{array.shape}")
 
 
 @op
@@ -245,6 +266,7 @@ def linear(x, weight, bias=None):
     if x.ndim < 1 or x.shape[-1] != weight.shape[1]:
         raise ValueError(f"linear takes {weight.shape[1]} features (weight {weight.shape}), but the input of shape "
                          f"{x.shape} has {x.shape[-1] if x.ndim else 'none'} in its last axis")
+    _vectors("linear", x, weight.shape[:1], bias=bias)
     return k.linear(x, weight, bias), (lambda g: k.linear_vjp_x(g, weight),
                                        lambda g: k.linear_vjp_weight(g, x),
                                        lambda g: k.linear_vjp_bias(g))
@@ -278,10 +300,14 @@ def conv2d(x, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
     _image("conv2d", x)
     _same_dtype("conv2d", x, weight)
     stride, padding, dilation = _pair("stride", stride), _pair("padding", padding), _pair("dilation", dilation)
+    if weight.ndim != 4 or groups < 1:
+        raise ValueError(f"conv2d takes a weight of shape (out, channels / groups, height, width) and groups >= 1, not "
+                         f"{weight.shape} and {groups}")
     if x.shape[1] != weight.shape[1] * groups or weight.shape[0] % groups:
         raise ValueError(f"conv2d with weight {weight.shape} and groups={groups} takes {weight.shape[1] * groups} "
                          f"channels, but the input of shape {x.shape} has {x.shape[1]}; the outputs must be a "
                          f"multiple of the groups")
+    _vectors("conv2d", x, weight.shape[:1], bias=bias)
     _windows("conv2d", x, weight.shape[2:], stride, padding, dilation)
     value = k.conv2d(x, weight, stride, padding, dilation, groups)
     if bias is not None:
@@ -307,6 +333,7 @@ def max_pool2d(x, kernel_size, stride=None, padding=0):
 @op
 def avg_pool2d(x, kernel_size, stride=None, padding=0):
     """Mean of each window of x (n, c, h, w), padding counted as zeros; ``stride`` is the window's size by default."""
+    _floats("avg_pool2d", x)
     _image("avg_pool2d", x)
     size = _pair("kernel_size", kernel_size)
     stride, padding = _pair("stride", kernel_size if stride is None else stride), _pair("padding", padding)
@@ -347,9 +374,9 @@ def _normalize(x, view, samples, eps, weight, bias, shape):
 @op
 def layer_norm(x, weight=None, bias=None, eps=1e-5, axes=1):
     """x (..., features) standardised over its last ``axes`` axes, times weight plus bias (Ba et al. 2016)."""
+    _floats("layer_norm", x)
     shape = x.shape[x.ndim - axes:]
-    if weight is not None and weight.shape != shape:
-        raise ValueError(f"layer_norm over {shape} (the input is {x.shape}) got a weight of shape {weight.shape}")
+    _vectors("layer_norm", x, shape, weight=weight, bias=bias)
     features = int(np.prod(shape))
     return _normalize(x, (x.size // builtins.max(features, 1), 1, features), 1, eps, weight, bias, shape)[:2]
 
@@ -360,6 +387,8 @@ def group_norm(x, groups, weight=None, bias=None, eps=1e-5):
     n, c = x.shape[:2]
     if c % groups:
         raise ValueError(f"group_norm cannot split {c} channels into {groups} equal groups")
+    _floats("group_norm", x)
+    _vectors("group_norm", x, (c,), weight=weight, bias=bias)
     view = (n, groups, int(np.prod(x.shape[1:])) // groups)
     value, (vjp_x, *vjps), _, _ = _normalize(x, view, 1, eps, weight, bias, (c, *(1,) * (x.ndim - 2)))
     return value, (vjp_x, None, *vjps)
@@ -386,6 +415,8 @@ def batch_norm(x, running_mean, running_var, seen, weight=None, bias=None, train
         et al. 2017): then they depend on the samples alone, not on how a batch is spread over ranks.
     """
     n, c = x.shape[:2]
+    _floats("batch_norm", x)
+    _vectors("batch_norm", x, (c,), running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
     shape = (c, *(1,) * (x.ndim - 2))
     if not training:
         scale = 1 / np.sqrt(running_var + eps).reshape(shape)
@@ -410,6 +441,7 @@ def batch_norm(x, running_mean, running_var, seen, weight=None, bias=None, train
 @op
 def softmax(x, axis=-1):
     """exp(x) / sum(exp(x)) over ``axis``."""
+    _floats("softmax", x)
     y = k.softmax(np.moveaxis(x, axis, -1))
     return np.moveaxis(y, -1, axis), (
         lambda g: np.moveaxis(k.softmax_vjp(np.moveaxis(g, axis, -1), y), -1, axis),)
@@ -418,6 +450,7 @@ def softmax(x, axis=-1):
 @op
 def log_softmax(x, axis=-1):
     """x - log(sum(exp(x))) over ``axis``."""
+    _floats("log_softmax", x)
     y = k.log_softmax(np.moveaxis(x, axis, -1))
     return np.moveaxis(y, -1, axis), (
         lambda g: np.moveaxis(k.log_softmax_vjp(np.moveaxis(g, axis, -1), y), -1, axis),)
@@ -441,6 +474,7 @@ def cross_entropy(logits, target, label_smoothing=0.0, ignore_index=-100):
     ValueError
         A label outside 0 .. classes - 1, or shapes that do not belong together.
     """
+    _floats("cross_entropy", logits)
     target = np.asarray(target)
     classes = logits.shape[-1]
     rows = logits.reshape(-1, classes) if logits.size else np.empty((0, classes), logits.dtype)
@@ -450,7 +484,7 @@ def cross_entropy(logits, target, label_smoothing=0.0, ignore_index=-100):
         return logits.dtype.type(loss), (
             lambda g: k.label_loss_vjp(g, p, labels, label_smoothing, ignore_index).reshape(logits.shape),)
     if target.dtype.kind == "f" and target.shape == logits.shape:
-        _same_dtype("cross_entropy", target, logits)
+        _same_dtype("cross_entropy", logits, target, "target")
         goal = target * (1 - label_smoothing) + label_smoothing / classes
         log_p = k.log_softmax(logits)
         mass = goal.sum(axis=-1, keepdims=True)
@@ -460,6 +494,7 @@ def cross_entropy(logits, target, label_smoothing=0.0, ignore_index=-100):
 
 
 def _same_shape(name, x, target):
+    _floats(name, x)
     target = np.asarray(target)
     if x.shape != target.shape:
         raise ValueError(f"{name} compares arrays of one shape, not {x.shape} with {target.shape}")

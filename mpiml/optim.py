@@ -113,10 +113,11 @@ class Adam(Optimizer):
 
     def update(self, vector, gradient, lr):
         t = self.steps + 1
+        rests = [1 - beta for beta in self.betas]
         corrections = [1 - beta**t for beta in self.betas]
         l2, decay = (0.0, self.weight_decay) if self.decoupled else (self.weight_decay, 0.0)
         k.adam(vector, gradient, self.mean, self.square,
-               *_scalars(vector, lr, *self.betas, *corrections, self.eps, l2, decay))
+               *_scalars(vector, lr, *self.betas, *rests, *corrections, self.eps, l2, decay))
 
 
 class AdamW(Adam):

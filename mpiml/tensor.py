@@ -164,23 +164,24 @@ def op(rule):
         argument that takes no gradient is a Tensor.
     """
     signature = inspect.signature(rule)
-    name = rule.__name__
+    name = rule.__name__.lstrip("_")
 
     @functools.wraps(rule)
     def apply(*args, **options):
         if options and any(isinstance(option, Tensor) for option in options.values()):
             bound = signature.bind(*args, **options)
+            bound.apply_defaults()  # behind an argument left out, a Tensor would stay a keyword
             args, options = bound.args, bound.kwargs
         tensors = [(i, a) for i, a in enumerate(args) if isinstance(a, Tensor)]
         if not tensors:
             return rule(*args, **options)[0]
         value, vjps = rule(*[a.value if isinstance(a, Tensor) else a for a in args], **options)
-        dtype = tensors[0][1].value.dtype
-        if value.dtype != dtype:
-            raise TypeError(f"{name} of {_kinds(args)} gives {value.dtype}: use one of float32 and float64 "
-                            f"throughout, with .astype(np.{dtype})")
-        if tensors[-1][0] >= len(vjps):
-            raise TypeError(f"{name} has no gradient for its argument {tensors[-1][0] + 1}: pass a plain array")
+        for i, a in tensors:
+            if i >= len(vjps) or vjps[i] is None:
+                raise TypeError(f"{name} has no gradient for its argument {i + 1}: pass a plain array")
+            if value.dtype != a.value.dtype:
+                raise TypeError(f"{name} of {_kinds(args)} gives {value.dtype}: use one of float32 and float64 "
+                                f"throughout, with .astype(np.{a.value.dtype})")
         result = Tensor(value)
         result.edges = [(a, vjps[i]) for i, a in tensors]
         return result
@@ -272,6 +273,8 @@ def _accumulate(leaf, part):
 
 
 def _check(gradient, tensor, source):
+    if not isinstance(gradient, (np.ndarray, np.generic)):
+        raise TypeError(f"the gradient from {source.split('.')[0]} is an array, not a {type(gradient).__name__}")
     if gradient.shape != tensor.value.shape or gradient.dtype != tensor.value.dtype:
         raise ValueError(f"the gradient from {source.split('.')[0]} has shape {gradient.shape} and dtype "
                          f"{gradient.dtype}, its Tensor {tensor.shape} and {tensor.dtype}")

@@ -22,7 +22,8 @@ ALLOWED = {
     "metrics.py": (set(), {"numpy"}),
     "data": ({"data", "random"}, {"numpy", "pooch", "requests"}),
     "save.py": (set(), {"numpy", "safetensors"}),
-    "parallel": ({"data", "kernels", "nn", "parallel", "tensor"}, {"numpy", "mpi4py", "tqdm"}),
+    "parallel": ({"cores", "data", "kernels", "nn", "parallel", "tensor"},
+                 {"llvmlite", "mpi4py", "numba", "numpy", "tqdm"}),
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
 

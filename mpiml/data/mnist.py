@@ -113,7 +113,7 @@ def fetch():
     for mirror in MIRRORS:
         if not _answers(mirror + next(iter(FILES)), requests):
             continue
-        store = pooch.create(folder, mirror, {name: f"md5:{md5}" for name, md5 in FILES.items()})
+        store = pooch.create(folder, mirror, registry={name: f"md5:{md5}" for name, md5 in FILES.items()})
         try:
             for name in FILES:  # each to a temporary file, which is then checked and renamed
                 store.fetch(name, downloader=pooch.HTTPDownloader(timeout=PATIENCE))

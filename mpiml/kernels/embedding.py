@@ -23,7 +23,8 @@ def embedding(ids, weight):
     """
     if ids.size and (ids.min() < 0 or ids.max() >= len(weight)):
         bad = np.argmax((ids < 0) | (ids >= len(weight)))
-        raise ValueError(f"id {ids.flat[bad]} at position {np.unravel_index(bad, ids.shape)} in an embedding of "
+        place = tuple(int(i) for i in np.unravel_index(bad, ids.shape))
+        raise ValueError(f"id {ids.flat[bad]} at position {place} in an embedding of "
                          f"{len(weight)} rows: ids run from 0 to {len(weight) - 1}")
     return weight[ids]
 

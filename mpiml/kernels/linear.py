@@ -1,5 +1,7 @@
 """The affine map ``x W' + b`` and the gradients for its three arguments."""
 
+import math
+
 import numpy as np
 
 from .jit import kernel
@@ -21,7 +23,7 @@ def _sum_rows(g, out):
 
 
 def _rows(x):
-    return np.ascontiguousarray(x).reshape(-1, x.shape[-1]) if x.size else np.empty((0, x.shape[-1]), x.dtype)
+    return np.ascontiguousarray(x).reshape(math.prod(x.shape[:-1]), x.shape[-1])  # -1 fails for 0 features
 
 
 def linear(x, weight, bias=None):

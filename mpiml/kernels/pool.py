@@ -36,12 +36,10 @@ def _max_pool_vjp(g, index, x):
 
 
 @kernel
-def _avg_pool(x, y, size, stride, padding, adjoint):
+def _avg_pool(x, y, size, stride, padding):
     planes, h, w = x.shape
     _, oh, ow = y.shape
     share = x.dtype.type(1 / (size[0] * size[1]))
-    if adjoint:
-        x[:] = 0
     for p in range(planes):
         for i in range(oh):
             top = max(0, i * stride[0] - padding[0])
@@ -49,17 +47,30 @@ def _avg_pool(x, y, size, stride, padding, adjoint):
             for j in range(ow):
                 left = max(0, j * stride[1] - padding[1])
                 right = min(w, j * stride[1] - padding[1] + size[1])
-                if adjoint:
-                    part = y[p, i, j] * share
-                    for a in range(top, bottom):
-                        for b in range(left, right):
-                            x[p, a, b] += part
-                else:
-                    total = x.dtype.type(0)
-                    for a in range(top, bottom):
-                        for b in range(left, right):
-                            total += x[p, a, b]
-                    y[p, i, j] = total * share
+                total = x.dtype.type(0)
+                for a in range(top, bottom):
+                    for b in range(left, right):
+                        total += x[p, a, b]
+                y[p, i, j] = total * share
+
+
+@kernel
+def _avg_pool_vjp(g, x, size, stride, padding):
+    planes, h, w = x.shape
+    _, oh, ow = g.shape
+    share = x.dtype.type(1 / (size[0] * size[1]))
+    x[:] = 0
+    for p in range(planes):
+        for i in range(oh):
+            top = max(0, i * stride[0] - padding[0])
+            bottom = min(h, i * stride[0] - padding[0] + size[0])
+            for j in range(ow):
+                left = max(0, j * stride[1] - padding[1])
+                right = min(w, j * stride[1] - padding[1] + size[1])
+                part = g[p, i, j] * share
+                for a in range(top, bottom):
+                    for b in range(left, right):
+                        x[p, a, b] += part
 
 
 def _planes(x):
@@ -103,12 +114,12 @@ def max_pool2d_vjp(g, index, x_shape):
 def avg_pool2d(x, size, stride, padding=(0, 0)):
     """Mean of each window of ``x`` (n, c, h, w), zeros of the padding included (as PyTorch's default)."""
     y = np.empty(_out_shape(x, size, stride, padding), x.dtype)
-    _avg_pool(_planes(x), _planes(y), size, stride, padding, False)
+    _avg_pool(_planes(x), _planes(y), size, stride, padding)
     return y
 
 
 def avg_pool2d_vjp(g, x_shape, size, stride, padding=(0, 0)):
     """Gradient for x, of shape ``x_shape``."""
     x = np.empty(x_shape, g.dtype)
-    _avg_pool(_planes(x), _planes(g), size, stride, padding, True)
+    _avg_pool_vjp(_planes(g), _planes(x), size, stride, padding)
     return x

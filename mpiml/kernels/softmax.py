@@ -87,7 +87,9 @@ def _label_loss(logits, labels, smoothing, ignore, probabilities):
         for j in range(classes):
             probabilities[i, j] = np.exp(logits[i, j] - lse)
             row += logits[i, j]
-        loss += lse - (1 - smoothing) * logits[i, label] - smoothing / classes * row
+        loss += lse - (1 - smoothing) * logits[i, label]
+        if smoothing > 0:  # 0 times the infinity of a class masked out would be NaN
+            loss -= smoothing / classes * row
     return loss, -1
 
 

@@ -31,11 +31,12 @@ def sgd(w, g, velocity, lr, momentum, nesterov, weight_decay):
 
 
 @kernel
-def adam(w, g, m, v, lr, beta1, beta2, correction1, correction2, eps, l2, decay):
+def adam(w, g, m, v, lr, beta1, beta2, rest1, rest2, correction1, correction2, eps, l2, decay):
     """Adam (Kingma and Ba 2015) and AdamW (Loshchilov and Hutter 2019).
 
-    ``correction = 1 - beta**t`` removes the bias of the moments at step t. ``l2`` adds to the gradient (Adam's
-    weight decay), ``decay`` shrinks the weight by ``lr * decay`` (AdamW's).
+    ``rest = 1 - beta`` comes from outside: in float32, 1 - 0.999 has lost four digits, and the compiler may turn
+    (1 - beta) * d into d - beta * d. ``correction = 1 - beta**t`` removes the bias of the moments at step t.
+    ``l2`` adds to the gradient (Adam's weight decay), ``decay`` shrinks the weight by ``lr * decay`` (AdamW's).
     """
     one, zero = w.dtype.type(1), w.dtype.type(0)
     step = lr / correction1
@@ -43,8 +44,8 @@ def adam(w, g, m, v, lr, beta1, beta2, correction1, correction2, eps, l2, decay)
     keep = one - lr * decay
     for i in range(w.size):
         d = g[i] + l2 * w[i]
-        a = beta1 * m[i] + (one - beta1) * d
-        b = beta2 * v[i] + (one - beta2) * d * d
+        a = beta1 * m[i] + rest1 * d
+        b = beta2 * v[i] + rest2 * d * d
         m[i] = a
         v[i] = b
         w[i] = keep * w[i] - step * a / (np.sqrt(b) * root + eps)

@@ -5,14 +5,13 @@ import math
 from time import perf_counter
 
 import numpy as np
-from mpi4py import MPI
 
 from mpiml import kernels as k
 from mpiml.nn import BatchNorm2d, Dropout, Step
 from mpiml.tensor import Tensor
 
 from .grid import RankError
-from .sum import all_reduce
+from .sum import summation
 from .watch import Watch
 
 
@@ -46,6 +45,9 @@ def gradient(model, loss, grid, watch=None, first_step=0):
     """
     numbers = itertools.count(first_step)
     watch = Watch() if watch is None else watch
+    total = summation(grid, len(model.sums), model.sums.dtype)
+    model.accumulate_in(total.vector)
+    sums = model.sums
     norms = list(model.named(BatchNorm2d).values())
     # Only these layers depend on where a share lies in the batch; without them nobody needs to ask.
     positioned = bool(norms or model.named(Dropout))
@@ -60,25 +62,19 @@ def gradient(model, loss, grid, watch=None, first_step=0):
         if len(x) != len(y):
             raise ValueError(f"x has {len(x)} samples but y has {len(y)}")
         if positioned:
-            first = _first(grid, len(x))
-            for norm in norms:
-                if grid.data > 1 and first % norm.samples and len(x):
-                    raise ValueError(f"rank {grid.rank}'s share starts at sample {first} of the batch, which is not a "
-                                     f"multiple of BatchNorm2d's samples={norm.samples}: use batches(..., "
-                                     f"multiple={norm.samples})")
-        sums = model.sums
+            first = _first(grid, len(x), norms)
         sums[:] = 0
         if len(x):
-            total = loss(model(x, Step(number, first)), y)
-            if not isinstance(total, Tensor):
-                raise TypeError(f"the loss depends on no parameter of the model: {total!r} is a plain number; a model must "
+            value = loss(model(x, Step(number, first)), y)
+            if not isinstance(value, Tensor):
+                raise TypeError(f"the loss depends on no parameter of the model: {value!r} is a plain number; a model must "
                                 f"hand `training` on to its layers")
-            total.backward()
-            sums[-2] = total.value
+            value.backward()
+            sums[-2] = value.value
         sums[-1] = len(x)
         ready = perf_counter()
         local = float(sums[-2])
-        all_reduce(grid, sums)
+        total()
         watch.record(ready - start, perf_counter() - ready)
         mean, count = float(sums[-2]), float(sums[-1])
         check = k.scale(model.gradient, sums.dtype.type(1 / count)) if count else math.nan
@@ -89,11 +85,17 @@ def gradient(model, loss, grid, watch=None, first_step=0):
     return step
 
 
-def _first(grid, samples):
-    """Number of the first sample of this rank's share in the global batch."""
-    before = np.zeros(1, np.int64)
-    grid.comm.Exscan(np.array([samples], np.int64), before, MPI.SUM)
-    return int(before[0]) if grid.replica else 0
+def _first(grid, samples, norms):
+    """Number of the first sample of this rank's share in the global batch, which must suit the normalisations."""
+    sizes = np.empty(grid.data, np.int64)
+    grid.comm.Allgather(np.array([samples], np.int64), sizes)
+    starts = np.cumsum(sizes) - sizes
+    for norm in norms:
+        odd = np.flatnonzero(starts % (norm.samples or 1) * sizes).tolist()
+        if odd:
+            raise RankError(f"rank {odd[0]}'s share starts at sample {starts[odd[0]]} of the batch, which is not a multiple "
+                            f"of BatchNorm2d's samples={norm.samples}: use batches(..., multiple={norm.samples})", odd)
+    return int(starts[grid.replica])
 
 
 def _explain(grid, model, number, x, y, local, total, count):

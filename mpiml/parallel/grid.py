@@ -53,6 +53,7 @@ class Grid:
                              f"mpirun -n {data}, or use Grid() for as many as there are")
         self.comm = comm.Dup()
         self.node = self.comm.Split_type(MPI.COMM_TYPE_SHARED)
+        self.across = self.comm.Split(self.node.rank)  # the ranks of this one's number on all nodes
         self.rank = self.replica = self.comm.rank
         self.size = self.data = self.comm.size
 

@@ -1,0 +1,38 @@
+"""The programs in the README run as they stand there."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+from launch import ROOT, environment, mpirun
+
+BLOCKS = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
+OFFLINE = {"HTTPS_PROXY": "http://127.0.0.1:9"}
+
+pytestmark = pytest.mark.launch
+
+
+def blocked(module):
+    return f"import sys; sys.modules[{module!r}] = None\n"
+
+
+def test_the_serial_program_runs_without_mpi4py(tmp_path):
+    run = subprocess.run([sys.executable, "-c", blocked("mpi4py") + BLOCKS[0]], cwd=tmp_path, capture_output=True,
+                         text=True, timeout=120, env=environment(XDG_CACHE_HOME=str(tmp_path), **OFFLINE))
+    assert run.returncode == 0, run.stderr
+    assert float(run.stdout.removeprefix("accuracy")) > 0.88
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_the_parallel_program(ranks, tmp_path):
+    path = tmp_path / "program.py"
+    path.write_text(BLOCKS[1])
+    run = mpirun(ranks, str(path), env=environment(XDG_CACHE_HOME=str(tmp_path), **OFFLINE))
+    assert run.code == 0, run.err
+    assert float(re.fullmatch(r"\{'accuracy': (\S+)\}\n", run.out)[1]) > 0.88
+
+
+def test_the_new_op():
+    run = subprocess.run([sys.executable, "-c", BLOCKS[2]], capture_output=True, text=True, timeout=60, env=environment())
+    assert run.stdout == "[1.         0.54030231]\n", run.stderr
