@@ -104,8 +104,6 @@ class Module:
     def children(self):
         """(name, Parameter or Module) pairs, in the order in which they were set."""
         for name, child in vars(self).items():
-            if name.startswith("_"):
-                continue
             if isinstance(child, (Parameter, Module)):
                 yield name, child
             elif isinstance(child, (list, tuple)):
@@ -143,7 +141,7 @@ class Module:
         self.learnt = sum(p.size for _, p in named if not isinstance(p, Statistic))
         size = sum(p.size for _, p in named)
         self.vector = np.empty(size, dtype)
-        self._parameters = [p for _, p in named]
+        self._layout = dict(named)
         for (name, parameter), value in zip(named, self._views(self.vector), strict=True):
             parameter.value = value
             parameter.value[...] = parameter.fill(generator(seed, name), parameter.shape)
@@ -153,14 +151,15 @@ class Module:
         return self
 
     def _views(self, vector):
-        stops = np.cumsum([p.size for p in self._parameters], dtype=int)
-        return [vector[stop - p.size:stop].reshape(p.shape) for p, stop in zip(self._parameters, stops, strict=True)]
+        parameters = self._layout.values()
+        stops = np.cumsum([p.size for p in parameters], dtype=int)
+        return [vector[stop - p.size:stop].reshape(p.shape) for p, stop in zip(parameters, stops, strict=True)]
 
     def accumulate_in(self, sums):
         """Let the gradients accumulate in this vector of length size + 2, such as one in shared memory."""
         self.sums = sums
         self.gradient = sums[:-2]
-        for parameter, grad in zip(self._parameters, self._views(self.gradient), strict=True):
+        for parameter, grad in zip(self._layout.values(), self._views(self.gradient), strict=True):
             parameter.grad = grad
 
     def absorb_statistics(self):

@@ -476,6 +476,8 @@ def cross_entropy(logits, target, label_smoothing=0.0, ignore_index=-100):
     """
     _floats("cross_entropy", logits)
     target = np.asarray(target)
+    if not 0 <= label_smoothing < 1:
+        raise ValueError(f"label smoothing moves a share 0 <= label_smoothing < 1 of the target, not {label_smoothing}")
     classes = logits.shape[-1]
     rows = logits.reshape(-1, classes) if logits.size else np.empty((0, classes), logits.dtype)
     if target.dtype.kind in "iu" and target.shape == logits.shape[:-1]:

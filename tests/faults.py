@@ -11,34 +11,38 @@ from mpiml.nn import Linear, Sequential
 from mpiml.ops import cross_entropy
 from mpiml.parallel import Grid, gradient, place
 
-fault, folder = sys.argv[1], sys.argv[2] if len(sys.argv) > 2 else None
-grid = Grid()
-culprit = grid.size // 2 - 1  # rank 3 of 8
-model = place(Sequential(Linear(5, 10)), grid)
-step = gradient(model, cross_entropy, grid)
-x, y = np.ones((4, 5), np.float32), np.zeros(4, int)
-for _ in range(20):
-    step(x, y)
-if grid.rank == (0 if fault == "data" else culprit):
-    sys.stderr.write(f"FAULT {time.time()}\n")
-    sys.stderr.flush()
-    if fault == "raise":
-        raise LookupError("this rank cannot go on")
-    if fault == "exit":
-        sys.exit(7)
-    if fault == "thread":
-        thread = threading.Thread(target=lambda: {}["key of a thread"])
-        thread.start()
-        thread.join()
-    if fault == "data":
-        mnist(folder)
-    if fault == "label":
-        y[2] = 10
-    if fault == "nan":
-        x[3, 1] = np.nan
-    if fault == "shape":
-        x = x[:, :4]
-    if fault == "dtype":
-        x = x.astype(np.float64)
-while True:
-    step(x, y)
+def main(fault, folder=None):
+    grid = Grid()
+    culprit = grid.size // 2 - 1  # rank 3 of 8
+    model = place(Sequential(Linear(5, 10)), grid)
+    step = gradient(model, cross_entropy, grid)
+    x, y = np.ones((4, 5), np.float32), np.zeros(4, int)
+    for _ in range(20):
+        step(x, y)
+    if grid.rank == (0 if fault == "data" else culprit):
+        sys.stderr.write(f"FAULT {time.time()}\n")
+        sys.stderr.flush()
+        if fault == "raise":
+            raise LookupError("this rank cannot go on")
+        if fault == "exit":
+            sys.exit(7)
+        if fault == "thread":
+            thread = threading.Thread(target=lambda: {}["key of a thread"])
+            thread.start()
+            thread.join()
+        if fault == "data":
+            mnist(folder)
+        if fault == "label":
+            y[2] = 10
+        if fault == "nan":
+            x[3, 1] = np.nan
+        if fault == "shape":
+            x = x[:, :4]
+        if fault == "dtype":
+            x = x.astype(np.float64)
+    while True:
+        step(x, y)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -203,7 +203,7 @@ def test_batch_norm_needs_shares_it_can_split():
     x, y = problem(conv_net, 3 * GRID.size)
     step = gradient(net, cross_entropy, GRID)
     if GRID.size > 1:
-        with pytest.raises(RankError, match="rank 1's share starts at sample 3 .* BatchNorm2d's samples=4") as caught:
+        with pytest.raises(RankError, match=r"rank 1's share starts at sample 3 .* BatchNorm2d's samples=4") as caught:
             step(*mine(GRID, x, y))
         assert 1 in caught.value.ranks
     assert np.isfinite(step(*mine(GRID, x, y, multiple=4)))

@@ -6,6 +6,7 @@ other than 0.
 """
 
 import fcntl
+import os
 import sys
 import termios
 import threading
@@ -34,6 +35,17 @@ def _drain(stream):
     time.sleep(0.2)  # from the launcher's agent on this node to the user
 
 
+def _forget_segments():
+    """Take the names off MPICH's shared memory on this node, which would stay behind when the job is aborted."""
+    try:
+        with open("/proc/self/maps") as file:
+            names = {line.split()[-1] for line in file if "/dev/shm/mpich_shm_" in line}  # noqa: S108
+        for name in names:
+            os.unlink(name)
+    except OSError:
+        pass  # no /proc, or another rank was first
+
+
 def install(comm):
     """Abort ``comm``'s job on uncaught exceptions of this process, in any thread; nothing changes on one rank."""
     if comm.size == 1:
@@ -47,6 +59,7 @@ def install(comm):
         sys.stdout.flush()
         sys.stderr.write(f"\nmpiml: {where} failed and ends the job\n{lines}")
         _drain(sys.stderr)
+        _forget_segments()
         comm.Abort(130 if issubclass(kind, KeyboardInterrupt) else 1)
 
     def leave(status=None):
