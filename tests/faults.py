@@ -11,6 +11,7 @@ from mpiml.nn import Linear, Sequential
 from mpiml.ops import cross_entropy
 from mpiml.parallel import Grid, gradient, place
 
+
 def main(fault, folder=None):
     grid = Grid()
     culprit = grid.size // 2 - 1  # rank 3 of 8
