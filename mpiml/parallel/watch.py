@@ -16,6 +16,10 @@ class Watch:
     """
 
     def __init__(self):
+        self.restart()
+
+    def restart(self):
+        """Forget what was recorded and start anew."""
         self.start = perf_counter()
         self._steps = []
 
