@@ -21,6 +21,7 @@ from typing import NamedTuple
 import numpy as np
 
 from . import ops
+from .ops.check import image
 from .random import generator, key
 from .tensor import FLOATS, Tensor
 
@@ -380,7 +381,7 @@ class BatchNorm2d(Module):
         self.eps, self.momentum, self.samples = eps, momentum, samples
 
     def __call__(self, x, training=False):
-        ops._image("BatchNorm2d", x)
+        image("BatchNorm2d", x)
         return ops.batch_norm(
             x, *given(training, self.running_mean, self.running_var, self.num_batches_tracked, self.weight, self.bias),
             training=bool(training), samples=self.samples, eps=self.eps)

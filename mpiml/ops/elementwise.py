@@ -1,0 +1,97 @@
+"""Functions of each element."""
+
+import numpy as np
+
+from mpiml import kernels as k
+from mpiml.tensor import op, unbroadcast
+
+from .check import floats
+
+
+@op
+def exp(x):
+    """e**x."""
+    y = np.exp(x)
+    return y, (lambda g: g * y,)
+
+
+@op
+def log(x):
+    """Natural logarithm."""
+    return np.log(x), (lambda g: g / x,)
+
+
+@op
+def sqrt(x):
+    """Square root."""
+    y = np.sqrt(x)
+    return y, (lambda g: g / (2 * y),)
+
+
+@op
+def tanh(x):
+    """Hyperbolic tangent."""
+    y = np.tanh(x)
+    return y, (lambda g: g * (1 - y * y),)
+
+
+@op
+def sigmoid(x):
+    """1 / (1 + exp(-x))."""
+    floats("sigmoid", x)
+    y = k.sigmoid(x)
+    return y, (lambda g: k.sigmoid_vjp(g, y),)
+
+
+@op
+def relu(x):
+    """max(x, 0)."""
+    y = k.relu(x)
+    return y, (lambda g: k.relu_vjp(g, y),)
+
+
+@op
+def gelu(x, approximate="none"):
+    """x * Phi(x) (Hendrycks and Gimpel 2016), exact or with ``approximate="tanh"``."""
+    floats("gelu", x)
+    if approximate not in ("none", "tanh"):
+        raise ValueError(f'gelu knows approximate="none" and "tanh", not {approximate!r}')
+    tanh = approximate == "tanh"
+    return k.gelu(x, tanh), (lambda g: k.gelu_vjp(g, x, tanh),)
+
+
+@op
+def silu(x):
+    """x * sigmoid(x)."""
+    floats("silu", x)
+    return k.silu(x), (lambda g: k.silu_vjp(g, x),)
+
+
+@op
+def where(mask, x, y):
+    """x where the boolean array ``mask`` is true, else y, with broadcasting."""
+    return np.where(mask, x, y), (None, lambda g: unbroadcast(np.where(mask, g, np.zeros_like(g)), x),
+                                  lambda g: unbroadcast(np.where(mask, np.zeros_like(g), g), y))
+
+
+@op
+def clip(x, low=None, high=None):
+    """x limited to low .. high (numbers or None); no gradient where the limit holds."""
+    inside = np.ones(x.shape, bool)
+    if low is not None:
+        inside &= x >= low
+    if high is not None:
+        inside &= x <= high
+    return np.clip(x, low, high), (lambda g: g * inside,)
+
+
+@op
+def dropout(x, p, key, first=0):
+    """x (n, ...) with each element set to 0 with probability ``p``, the others divided by 1 - p.
+
+    The mask is a function of (``key``, ``first`` + row, element) alone, see :func:`mpiml.kernels.dropout`.
+    """
+    floats("dropout", x)
+    if not 0 <= p < 1:
+        raise ValueError(f"dropout sets elements to 0 with a probability 0 <= p < 1, not {p}")
+    return k.dropout(x, p, key, first), (lambda g: k.dropout(g, p, key, first),)

@@ -1,0 +1,77 @@
+"""Linear maps with weights, and pooling."""
+
+import numpy as np
+
+from mpiml import kernels as k
+from mpiml.tensor import op
+
+from .check import floats, image, pair, same_dtype, vectors, windows
+
+
+@op
+def linear(x, weight, bias=None):
+    """x (..., in) @ weight (out, in).T + bias (out,)."""
+    same_dtype("linear", x, weight)
+    if x.ndim < 1 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(f"linear takes {weight.shape[1]} features (weight {weight.shape}), but the input of shape "
+                         f"{x.shape} has {x.shape[-1] if x.ndim else 'none'} in its last axis")
+    vectors("linear", x, weight.shape[:1], bias=bias)
+    return k.linear(x, weight, bias), (lambda g: k.linear_vjp_x(g, weight),
+                                       lambda g: k.linear_vjp_weight(g, x),
+                                       lambda g: k.linear_vjp_bias(g))
+
+
+@op
+def conv2d(x, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
+    """Cross-correlation of x (n, c, h, w) with weight (out, c / groups, kh, kw), plus bias (out,)."""
+    image("conv2d", x)
+    same_dtype("conv2d", x, weight)
+    stride, padding, dilation = pair("stride", stride), pair("padding", padding), pair("dilation", dilation)
+    if weight.ndim != 4 or groups < 1:
+        raise ValueError(f"conv2d takes a weight of shape (out, channels / groups, height, width) and groups >= 1, not "
+                         f"{weight.shape} and {groups}")
+    if x.shape[1] != weight.shape[1] * groups or weight.shape[0] % groups:
+        raise ValueError(f"conv2d with weight {weight.shape} and groups={groups} takes {weight.shape[1] * groups} "
+                         f"channels, but the input of shape {x.shape} has {x.shape[1]}; the outputs must be a "
+                         f"multiple of the groups")
+    vectors("conv2d", x, weight.shape[:1], bias=bias)
+    windows("conv2d", x, weight.shape[2:], stride, padding, dilation)
+    value = k.conv2d(x, weight, stride, padding, dilation, groups)
+    if bias is not None:
+        value += bias[:, None, None]
+    return value, (lambda g: k.conv2d_vjp_x(g, weight, x.shape, stride, padding, dilation, groups),
+                   lambda g: k.conv2d_vjp_weight(g, x, weight.shape, stride, padding, dilation, groups),
+                   lambda g: g.sum(axis=(0, 2, 3)))
+
+
+@op
+def max_pool2d(x, kernel_size, stride=None, padding=0):
+    """Largest element of each window of x (n, c, h, w); ``stride`` is the window's size by default."""
+    image("max_pool2d", x)
+    size = pair("kernel_size", kernel_size)
+    stride, padding = pair("stride", kernel_size if stride is None else stride), pair("padding", padding)
+    windows("max_pool2d", x, size, stride, padding)
+    if 2 * padding[0] > size[0] or 2 * padding[1] > size[1]:
+        raise ValueError(f"max_pool2d with windows of {size} takes a padding of half of that at most, not {padding}")
+    value, index = k.max_pool2d(x, size, stride, padding)
+    return value, (lambda g: k.max_pool2d_vjp(g, index, x.shape),)
+
+
+@op
+def avg_pool2d(x, kernel_size, stride=None, padding=0):
+    """Mean of each window of x (n, c, h, w), padding counted as zeros; ``stride`` is the window's size by default."""
+    floats("avg_pool2d", x)
+    image("avg_pool2d", x)
+    size = pair("kernel_size", kernel_size)
+    stride, padding = pair("stride", kernel_size if stride is None else stride), pair("padding", padding)
+    windows("avg_pool2d", x, size, stride, padding)
+    return k.avg_pool2d(x, size, stride, padding), (lambda g: k.avg_pool2d_vjp(g, x.shape, size, stride, padding),)
+
+
+@op
+def embedding(ids, weight):
+    """weight[ids]: rows of ``weight`` (rows, features) for integers ``ids`` of any shape."""
+    ids = np.asarray(ids)
+    if ids.dtype.kind not in "iu":
+        raise TypeError(f"embedding takes integer ids, not {ids.dtype}")
+    return k.embedding(ids, weight), (None, lambda g: k.embedding_vjp(g, ids, len(weight)))
