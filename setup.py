@@ -25,7 +25,7 @@ setup(
         # Downloads, the embedded digits, the progress bar.
         "examples": EXAMPLES + SAVE,
         "test": ["pytest>=8", "psutil>=5.9", "ruff>=0.6"] + EXAMPLES + SAVE,
-        # PyTorch is what the benchmarks measure against; nothing else uses it.
-        "bench": ["torch"],
+        # PyTorch is what the benchmarks measure against and, where it is there, an oracle of the tests.
+        "bench": ["torch==2.13.0"],
     },
 )

@@ -4,13 +4,13 @@ A vjp ("vector-Jacobian product") maps the gradient ``g`` for the output to the 
 """
 
 from .conv import conv2d, conv2d_vjp_weight, conv2d_vjp_x, out_size
+from .crossentropy import label_loss, label_loss_vjp, log_softmax, log_softmax_vjp, softmax, softmax_vjp
+from .dense import linear, linear_vjp_bias, linear_vjp_weight, linear_vjp_x
 from .elementwise import dropout, gelu, gelu_vjp, relu, relu_vjp, sigmoid, sigmoid_vjp, silu, silu_vjp
-from .embedding import embedding, embedding_vjp
-from .linear import linear, linear_vjp_bias, linear_vjp_weight, linear_vjp_x
+from .gather import embedding, embedding_vjp
 from .loss import absolute, binary, binary_vjp, huber, huber_vjp, squared
 from .normalize import standardize, standardize_vjp
 from .pool import avg_pool2d, avg_pool2d_vjp, max_pool2d, max_pool2d_vjp
-from .softmax import label_loss, label_loss_vjp, log_softmax, log_softmax_vjp, softmax, softmax_vjp
 from .update import adam, norm, scale, sgd
 
 __all__ = [
