@@ -51,7 +51,7 @@ class Parameter(Tensor):
     __slots__ = ("_shape", "fill")
 
     def __init__(self, shape, fill):
-        self.value = self.grad = self.edges = None
+        self.value = self.grad = self.node = None
         self._shape = tuple(shape)
         self.fill = fill
 

@@ -19,7 +19,6 @@ import inspect
 import numpy as np
 
 FLOATS = (np.dtype(np.float32), np.dtype(np.float64))
-_SPENT = ()
 
 
 class Tensor:
@@ -43,7 +42,7 @@ class Tensor:
         Another dtype: gradients need float32 or float64.
     """
 
-    __slots__ = ("edges", "grad", "value")
+    __slots__ = ("grad", "node", "value")
     __array_ufunc__ = None  # array + Tensor asks the Tensor
 
     def __init__(self, value):
@@ -53,7 +52,7 @@ class Tensor:
                             f".astype(np.float32), or leave it a plain array if it needs no gradient")
         self.value = value
         self.grad = None
-        self.edges = None  # None: a leaf; a list of (argument, vjp): an op's value; _SPENT: walked
+        self.node = None  # a leaf; the value of an op has a Node
 
     def backward(self, gradient=None):
         """Accumulate into ``grad`` of every leaf the gradient of this Tensor, see :func:`backward`."""
@@ -144,6 +143,19 @@ class Tensor:
         return getitem(self, index)
 
 
+class Node:
+    """The place of an op's value on the tape, without the value itself, so that this may be freed before the walk.
+
+    ``edges`` are pairs (Node or leaf, vjp), one for each argument that wants a gradient; None once walked.
+    """
+
+    __slots__ = ("dtype", "edges", "shape")
+
+    def __init__(self, edges, value):
+        self.edges = edges
+        self.shape, self.dtype = value.shape, value.dtype
+
+
 def value_of(x):
     """The plain array of a Tensor; anything else as it is."""
     return x.value if isinstance(x, Tensor) else x
@@ -183,7 +195,7 @@ def op(rule):
                 raise TypeError(f"{name} of {_kinds(args)} gives {value.dtype}: use one of float32 and float64 "
                                 f"throughout, with .astype(np.{a.value.dtype})")
         result = Tensor(value)
-        result.edges = [(a, vjps[i]) for i, a in tensors]
+        result.node = Node([(a if a.node is None else a.node, vjps[i]) for i, a in tensors], result.value)
         return result
 
     apply.rule = rule
@@ -223,23 +235,23 @@ def backward(root, gradient=None):
                              f"one number first, or call backward(gradient)")
         gradient = np.ones_like(root.value)
     _check(gradient, root, "backward's argument")
-    uses = _count_uses(root)
-    gradients = {id(root): gradient}
-    if root.edges is None:
+    if root.node is None:
         _accumulate(root, gradient)
         yield root
         return
-    ready = [root]
+    uses = _count_uses(root.node)
+    gradients = {id(root.node): gradient}
+    ready = [root.node]
     while ready:
         node = ready.pop()
         g = gradients.pop(id(node))
-        edges, node.edges = node.edges, _SPENT
+        edges, node.edges = node.edges, None
         for argument, vjp in edges:
             part = vjp(g)
             _check(part, argument, vjp.__qualname__)
             key = id(argument)
             uses[key] -= 1
-            if argument.edges is None:
+            if isinstance(argument, Tensor):
                 _accumulate(argument, part)
                 if not uses[key]:
                     yield argument
@@ -254,13 +266,14 @@ def _count_uses(root):
     stack = [root]
     while stack:
         node = stack.pop()
-        if node.edges is _SPENT:
+        if node.edges is None:
             raise ValueError("part of this tape was already walked by backward and is gone: add up the losses "
                              "and call backward once, or compute this one anew")
-        for argument, _ in node.edges or ():
+        for argument, _ in node.edges:
             if id(argument) not in uses:
                 uses[id(argument)] = 0
-                stack.append(argument)
+                if isinstance(argument, Node):
+                    stack.append(argument)
             uses[id(argument)] += 1
     return uses
 
@@ -272,21 +285,20 @@ def _accumulate(leaf, part):
         leaf.grad += part
 
 
-def _check(gradient, tensor, source):
+def _check(gradient, place, source):
     if not isinstance(gradient, (np.ndarray, np.generic)):
         raise TypeError(f"the gradient from {source.split('.')[0]} is an array, not a {type(gradient).__name__}")
-    if gradient.shape != tensor.value.shape or gradient.dtype != tensor.value.dtype:
+    if gradient.shape != place.shape or gradient.dtype != place.dtype:
         raise ValueError(f"the gradient from {source.split('.')[0]} has shape {gradient.shape} and dtype "
-                         f"{gradient.dtype}, its Tensor {tensor.shape} and {tensor.dtype}")
+                         f"{gradient.dtype}, its Tensor {place.shape} and {place.dtype}")
 
 
-def unbroadcast(g, x):
-    """``g`` summed over the axes along which ``x`` was broadcast: the vjp of broadcasting.
+def unbroadcast(g, shape):
+    """``g`` summed over the axes along which an array of ``shape`` was broadcast: the vjp of broadcasting.
 
-    >>> unbroadcast(np.ones((2, 3)), np.ones((3,)))
+    >>> unbroadcast(np.ones((2, 3)), (3,))
     array([2., 2., 2.])
     """
-    shape = np.shape(x)
     if g.shape == shape:
         return g
     lead = g.ndim - len(shape)
@@ -297,26 +309,28 @@ def unbroadcast(g, x):
 @op
 def add(x, y):
     """x + y, with broadcasting."""
-    return np.add(x, y), (lambda g: unbroadcast(g, x), lambda g: unbroadcast(g, y))
+    x_shape, y_shape = np.shape(x), np.shape(y)  # all that the vjps need to keep
+    return np.add(x, y), (lambda g: unbroadcast(g, x_shape), lambda g: unbroadcast(g, y_shape))
 
 
 @op
 def subtract(x, y):
     """x - y, with broadcasting."""
-    return np.subtract(x, y), (lambda g: unbroadcast(g, x), lambda g: unbroadcast(-g, y))
+    x_shape, y_shape = np.shape(x), np.shape(y)
+    return np.subtract(x, y), (lambda g: unbroadcast(g, x_shape), lambda g: unbroadcast(-g, y_shape))
 
 
 @op
 def multiply(x, y):
     """x * y, with broadcasting."""
-    return np.multiply(x, y), (lambda g: unbroadcast(g * y, x), lambda g: unbroadcast(g * x, y))
+    return np.multiply(x, y), (lambda g: unbroadcast(g * y, np.shape(x)), lambda g: unbroadcast(g * x, np.shape(y)))
 
 
 @op
 def divide(x, y):
     """x / y, with broadcasting."""
     value = np.true_divide(x, y)
-    return value, (lambda g: unbroadcast(g / y, x), lambda g: unbroadcast(-g * value / y, y))
+    return value, (lambda g: unbroadcast(g / y, np.shape(x)), lambda g: unbroadcast(-g * value / y, np.shape(y)))
 
 
 @op
@@ -332,10 +346,10 @@ def power(x, y):
 
     def vjp_x(g):
         slope = y * np.power(x, np.where(y == 0, np.ones_like(y), y) - 1)
-        return unbroadcast(g * slope.astype(g.dtype, copy=False), x)
+        return unbroadcast(g * slope.astype(g.dtype, copy=False), np.shape(x))
 
     def vjp_y(g):
-        return unbroadcast(g * value * np.log(np.where(x > 0, x, np.ones_like(x))).astype(g.dtype, copy=False), y)
+        return unbroadcast(g * value * np.log(np.where(x > 0, x, np.ones_like(x))).astype(g.dtype, copy=False), np.shape(y))
 
     return value, (vjp_x, vjp_y)
 
@@ -351,8 +365,8 @@ def matmul(x, y):
             np.reshape(g, (*g.shape[:g.ndim - (np.ndim(y) > 1)], 1, right.shape[-1])))
 
     return np.matmul(x, y), (
-        lambda g: unbroadcast(np.matmul(full(g), right.swapaxes(-1, -2)), left).reshape(x.shape),
-        lambda g: unbroadcast(np.matmul(left.swapaxes(-1, -2), full(g)), right).reshape(y.shape))
+        lambda g: unbroadcast(np.matmul(full(g), right.swapaxes(-1, -2)), left.shape).reshape(x.shape),
+        lambda g: unbroadcast(np.matmul(left.swapaxes(-1, -2), full(g)), right.shape).reshape(y.shape))
 
 
 @op

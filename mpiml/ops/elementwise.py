@@ -70,8 +70,8 @@ def silu(x):
 @op
 def where(mask, x, y):
     """x where the boolean array ``mask`` is true, else y, with broadcasting."""
-    return np.where(mask, x, y), (None, lambda g: unbroadcast(np.where(mask, g, np.zeros_like(g)), x),
-                                  lambda g: unbroadcast(np.where(mask, np.zeros_like(g), g), y))
+    return np.where(mask, x, y), (None, lambda g: unbroadcast(np.where(mask, g, np.zeros_like(g)), np.shape(x)),
+                                  lambda g: unbroadcast(np.where(mask, np.zeros_like(g), g), np.shape(y)))
 
 
 @op

@@ -54,7 +54,8 @@ def max_pool2d(x, kernel_size, stride=None, padding=0):
     if 2 * padding[0] > size[0] or 2 * padding[1] > size[1]:
         raise ValueError(f"max_pool2d with windows of {size} takes a padding of half of that at most, not {padding}")
     value, index = k.max_pool2d(x, size, stride, padding)
-    return value, (lambda g: k.max_pool2d_vjp(g, index, x.shape),)
+    shape = x.shape
+    return value, (lambda g: k.max_pool2d_vjp(g, index, shape),)
 
 
 @op
@@ -65,7 +66,8 @@ def avg_pool2d(x, kernel_size, stride=None, padding=0):
     size = pair("kernel_size", kernel_size)
     stride, padding = pair("stride", kernel_size if stride is None else stride), pair("padding", padding)
     windows("avg_pool2d", x, size, stride, padding)
-    return k.avg_pool2d(x, size, stride, padding), (lambda g: k.avg_pool2d_vjp(g, x.shape, size, stride, padding),)
+    shape = x.shape
+    return k.avg_pool2d(x, size, stride, padding), (lambda g: k.avg_pool2d_vjp(g, shape, size, stride, padding),)
 
 
 @op

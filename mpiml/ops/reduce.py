@@ -5,7 +5,7 @@ import numpy as np
 from mpiml.tensor import op
 
 
-def _expand(g, x, axis, keepdims):
+def _expand(g, axis, keepdims):
     # A reduced array with the reduced axes back, of size 1.
     return g if keepdims or axis is None else np.expand_dims(g, axis)
 
@@ -17,8 +17,9 @@ def _count(x, axis):
 @op
 def sum(x, axis=None, keepdims=False):
     """Sum over ``axis`` (an int, a tuple, or None for all)."""
+    shape = x.shape
     return np.sum(x, axis, keepdims=keepdims), (
-        lambda g: np.broadcast_to(_expand(g, x, axis, keepdims), x.shape),)
+        lambda g: np.broadcast_to(_expand(g, axis, keepdims), shape),)
 
 
 @op
@@ -33,17 +34,18 @@ def mean(x, axis=None, keepdims=False):
     count = _count(x, axis)
     if count == 0:
         raise ValueError(f"the mean over axis {axis} of an array of shape {x.shape} is a mean of nothing")
+    shape = x.shape
     return np.mean(x, axis, keepdims=keepdims), (
-        lambda g: np.broadcast_to(_expand(g, x, axis, keepdims) / count, x.shape),)
+        lambda g: np.broadcast_to(_expand(g, axis, keepdims) / count, shape),)
 
 
 def _extreme(reduce, x, axis, keepdims):
     value = reduce(x, axis, keepdims=keepdims)
 
     def vjp(g):
-        mask = x == _expand(value, x, axis, keepdims)
+        mask = x == _expand(value, axis, keepdims)
         share = mask / mask.sum(axis, keepdims=True, dtype=x.dtype)  # equal elements share the gradient
-        return share * _expand(g, x, axis, keepdims)
+        return share * _expand(g, axis, keepdims)
 
     return value, (vjp,)
 

@@ -13,7 +13,8 @@ def identity(x):
 @op
 def reshape(x, shape):
     """x with the same elements in another shape; one entry may be -1."""
-    return np.reshape(x, shape), (lambda g: g.reshape(x.shape),)
+    old = x.shape
+    return np.reshape(x, shape), (lambda g: g.reshape(old),)
 
 
 def flatten(x):
@@ -31,7 +32,8 @@ def transpose(x, axes=None):
 @op
 def broadcast_to(x, shape):
     """x repeated along new axes and axes of size 1, to ``shape``."""
-    return np.broadcast_to(x, shape), (lambda g: unbroadcast(g, x),)
+    old = x.shape
+    return np.broadcast_to(x, shape), (lambda g: unbroadcast(g, old),)
 
 
 @op
