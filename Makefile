@@ -33,7 +33,7 @@ lint: .venv/ready
 	ruff check .
 
 clean:
-	rm -rf .venv build dist *.egg-info
+	rm -rf .venv .ruff_cache build dist *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .venv/ready: setup.py pyproject.toml

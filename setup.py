@@ -16,7 +16,7 @@ setup(
     license="MIT",
     python_requires=">=3.10",
     packages=find_packages(include=["mpiml", "mpiml.*"]),
-    install_requires=["numpy>=1.26", "numba>=0.60", "mpi4py>=4.0"],
+    install_requires=["numpy>=2", "numba>=0.60", "mpi4py>=4.0"],
     extras_require={
         # An MPI library and its mpirun as a wheel, for machines that have none.
         "mpi": ["mpich>=4.2"],

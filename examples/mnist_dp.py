@@ -5,6 +5,7 @@
 """
 
 import argparse
+from pathlib import Path
 from time import perf_counter
 
 from mpiml.data import batches, mnist, pixels
@@ -24,6 +25,10 @@ parser.add_argument("--seed", type=int, default=0)
 parser.add_argument("--dtype", choices=["float32", "float64"], default="float32")
 parser.add_argument("--save", metavar="FILE", help="write the weights to this safetensors file at the end")
 args = parser.parse_args()
+if args.epochs < 1:
+    parser.error(f"--epochs must be 1 at least, not {args.epochs}")
+if args.save and not Path(args.save).absolute().parent.is_dir():
+    parser.error(f"--save {args.save}: there is no such folder")
 
 
 def mlp(height, width):
@@ -39,7 +44,7 @@ def cnn(height, width):
 
 grid = Grid()
 (x, y), (x_test, y_test) = mnist(args.data, grid)
-steps = args.epochs * -(-len(x) // args.batch)
+steps = args.epochs * len(batches(x, y, args.batch, grid=grid))
 
 model = place({"mlp": mlp, "cnn": cnn}[args.model](*x.shape[2:]), grid, args.seed, args.dtype)
 optimizer = Adam(model, lr=cosine(args.lr, steps))

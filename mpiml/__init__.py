@@ -17,7 +17,7 @@ from . import cores
 cores.share_cores()  # before NumPy loads
 
 from . import data, kernels, nn, ops, optim  # noqa: E402
-from .tensor import Tensor, backward, op  # noqa: E402
+from .tensor import Tensor, op  # noqa: E402
 
 __version__ = "0.1.0"
-__all__ = ["Tensor", "backward", "data", "kernels", "nn", "op", "ops", "optim"]
+__all__ = ["Tensor", "data", "kernels", "nn", "op", "ops", "optim"]

@@ -27,12 +27,14 @@ def constant(lr):
 
 def step_decay(lr, every, factor=0.1):
     """``lr``, multiplied by ``factor`` after each ``every`` steps."""
+    _require(lr >= 0, "step_decay needs lr >= 0", lr)
     _require(every > 0, "step_decay needs every > 0", every)
     return lambda step: lr * factor ** (step // every)
 
 
 def cosine(lr, steps, final=0.0):
     """Half a cosine from ``lr`` down to ``final`` over ``steps`` steps (Loshchilov and Hutter 2017), then ``final``."""
+    _require(lr >= 0, "cosine needs lr >= 0", lr)
     _require(steps > 0, "cosine needs steps > 0", steps)
     return lambda step: final + (lr - final) * (1 + math.cos(math.pi * min(step / steps, 1.0))) / 2
 

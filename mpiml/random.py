@@ -6,6 +6,7 @@ that could diverge or would need saving.
 """
 
 import hashlib
+import operator
 
 import numpy as np
 
@@ -23,7 +24,7 @@ def key(seed, *names):
     >>> key(0, "0.weight") == key(0, "0.weight"), key(0, "0.weight") == key(1, "0.weight")
     (True, False)
     """
-    text = "/".join([str(int(seed)), *map(str, names)])
+    text = "/".join([str(operator.index(seed)), *map(str, names)])
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 

@@ -5,12 +5,16 @@ import sys
 
 import pytest
 
-from mpiml.cores import ranks_on_node
+from mpiml.cores import rank_on_node, ranks_on_node
 
 RANKS = ranks_on_node()
 
 
+@pytest.hookimpl(trylast=True)
 def pytest_configure(config):
+    if RANKS > 1 and rank_on_node():
+        # One report is enough; failures are told by the hook below.
+        config.pluginmanager.unregister(name="terminalreporter")
     config.addinivalue_line("markers", "launch: starts mpirun itself, so it is left out when the suite runs under mpirun")
 
 

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.launch
 def test_the_parallel_suite(ranks):
     run = mpirun(ranks, "-m", "pytest", "-q", "tests/test_parallel.py", timeout=240)
     assert run.code == 0, run.out + run.err
-    assert len(re.findall(r"\d+ passed", run.out)) == ranks
+    assert len(re.findall(r"\d+ passed", run.out)) == 1  # the other ranks are silent
 
 
 FAULTS = {
@@ -37,7 +37,6 @@ FAULTS = {
 @pytest.mark.parametrize("ranks", [2, 8])
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_failing_rank_ends_the_job(fault, ranks, tmp_path):
-    memory = shared_memory()
     run = mpirun(ranks, "tests/faults.py", fault, str(tmp_path), timeout=60)
     rank = 0 if fault == "data" else ranks // 2 - 1
     assert run.code != 0
@@ -46,12 +45,8 @@ def test_a_failing_rank_ends_the_job(fault, ranks, tmp_path):
     assert "Traceback (most recent call last)" in run.err and "faults.py" in run.err
     assert run.end - float(re.search(r"FAULT (\S+)", run.err)[1]) < 5
     assert not run.left
-    assert shared_memory() <= memory
-
-
-def shared_memory():
-    # What MPICH and this package would leave behind; Open MPI's files are swept by its own daemon.
-    return {path for name in ("mpich_shm_*", "mpiml-*") for path in Path("/dev/shm").glob(name)}
+    segments = re.search(r"SEGMENTS (.*)", run.err)[1].split()
+    assert not [name for name in segments if Path(name).exists()]
 
 
 def test_sys_exit_on_one_rank_ends_the_job_with_its_status():

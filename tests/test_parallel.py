@@ -224,7 +224,7 @@ def test_the_launcher_of_another_mpi(monkeypatch):
 def test_ranks_that_differ_are_told_so():
     GRID.same("a constant", 1)
     if GRID.size > 1:
-        told = f"number must be the same on all ranks, but .*rank {GRID.size - 1} have 7"
+        told = f"number must be the same on all ranks, but .*rank {GRID.size - 1} has 7"
         with pytest.raises(RankError, match=told) as caught:
             GRID.same("number", 7 if GRID.rank == GRID.size - 1 else 5)
         assert GRID.size == 2 or caught.value.ranks == [GRID.size - 1]
@@ -232,6 +232,30 @@ def test_ranks_that_differ_are_told_so():
             place(mlp(), GRID, seed=GRID.rank)
         with pytest.raises(RankError, match="number of samples"):
             batches(np.zeros((9 + GRID.rank, 1)), np.zeros(9 + GRID.rank), 8, grid=GRID)
+
+
+def test_weights_and_data_that_differ_are_refused():
+    x, y = problem(mlp, 10)
+    if GRID.size > 1:
+        with pytest.raises(RankError, match="the weights must be the same on all ranks"):
+            gradient(mlp().init(seed=GRID.rank), cross_entropy, GRID)
+        with pytest.raises(RankError, match="the number of samples and the size of a chunk"):
+            evaluate(mlp().init(dtype=np.float64), x[GRID.rank:], y[GRID.rank:], {"loss": cross_entropy}, GRID)
+    with pytest.raises(RuntimeError, match=r"call place\(model, grid\) before gradient"):
+        gradient(mlp(), cross_entropy, GRID)
+
+
+def test_two_steps_of_one_model_do_not_disturb_each_other():
+    x, y = problem(bag, 16)
+    net = place(bag(), GRID, dtype=np.float64)
+    first = gradient(net, cross_entropy, GRID)
+    first(*mine(GRID, x, y))
+    expected = net.gradient.copy()
+    second = gradient(net, lambda output, target: 2 * cross_entropy(output, target), GRID)
+    second(*mine(GRID, x, y))
+    np.testing.assert_allclose(net.gradient, 2 * expected)
+    first(*mine(GRID, x, y))
+    np.testing.assert_array_equal(net.gradient, expected)
 
 
 def test_once_per_node():

@@ -6,8 +6,8 @@ import weakref
 import numpy as np
 import pytest
 
-from mpiml import Tensor, backward, op, ops
-from mpiml.tensor import add, multiply, value_of
+from mpiml import Tensor, op, ops
+from mpiml.tensor import add, backward, multiply, value_of
 
 
 def leaf(*values, dtype=np.float64):

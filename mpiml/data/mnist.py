@@ -60,7 +60,7 @@ def mnist(folder=None, grid=None):
         return load(cache)
     if grid is None or grid.rank == 0:
         print(f"mpiml: MNIST is not at hand ({problem or 'another node could not get it'}): using the 1,797 digits of "
-              f"scikit-learn; --data or MPIML_DATA can name a folder with the IDX files", file=sys.stderr, flush=True)
+              f"scikit-learn; mnist(FOLDER) or MPIML_DATA can name a folder with the IDX files", file=sys.stderr, flush=True)
     return digits()
 
 

@@ -16,8 +16,10 @@ def floats(name, x):
 def same_dtype(name, x, other, argument="weight"):
     """Refuse an ``other`` (the op's ``argument``) of another dtype than ``x``."""
     if x.dtype != other.dtype:
-        raise TypeError(f"{name} got an input of {x.dtype} and a {argument} of {other.dtype}: convert the input with "
-                        f".astype(np.{other.dtype}), or the {argument}")
+        fix = (f"convert the {argument} with .astype(np.{x.dtype})" if argument == "target" else
+               f"convert the input with .astype(np.{other.dtype}) (pixels: mpiml.data.pixels)" if x.dtype == np.uint8 else
+               f"convert the input with .astype(np.{other.dtype}), or the {argument}")
+        raise TypeError(f"{name} got an input of {x.dtype} and a {argument} of {other.dtype}: {fix}")
 
 
 def same_shape(name, x, target):

@@ -5,6 +5,7 @@ caught prints its traceback under its rank, in one piece, and aborts the job; so
 other than 0.
 """
 
+import atexit
 import fcntl
 import os
 import sys
@@ -13,10 +14,11 @@ import threading
 import time
 import traceback
 
-from mpi4py import MPI, run
+from mpi4py import MPI
 
-# When an error is found together, those who did not cause it let the one who did speak first.
-_COURTESY = 2.0  # seconds
+# Of several ranks with an error only the first needs to speak: it ends the job before the others' turn. Those who
+# did not cause an error that all found together wait longer.
+_TURN, _COURTESY = 0.5, 2.0  # seconds
 
 
 def _drain(stream):
@@ -50,23 +52,37 @@ def install(comm):
     """Abort ``comm``'s job on uncaught exceptions of this process, in any thread; nothing changes on one rank."""
     if comm.size == 1:
         return
+    status = []
 
     def report(kind, error, trace):
-        if comm.rank not in getattr(error, "ranks", (comm.rank,)):
-            time.sleep(_COURTESY)
-        lines = "".join(traceback.format_exception(kind, error, trace))
+        ranks = getattr(error, "ranks", range(comm.size))
+        if comm.rank != min(ranks):
+            time.sleep(_TURN if comm.rank in ranks else _COURTESY)
+        end("".join(traceback.format_exception(kind, error, trace)), 130 if issubclass(kind, KeyboardInterrupt) else 1)
+
+    def report_thread(args):
+        if args.exc_type is not SystemExit:  # ends its thread alone
+            report(args.exc_type, args.exc_value, args.exc_traceback)
+
+    def end(text, code):
         where = f"rank {comm.rank} of {comm.size} on {MPI.Get_processor_name()}"
         sys.stdout.flush()
-        sys.stderr.write(f"\nmpiml: {where} failed and ends the job\n{lines}")
+        sys.stderr.write(f"\nmpiml: {where} failed and ends the job\n{text}")
         _drain(sys.stderr)
         _forget_segments()
-        comm.Abort(130 if issubclass(kind, KeyboardInterrupt) else 1)
+        comm.Abort(code)
 
-    def leave(status=None):
-        if status not in (None, 0):
-            run.set_abort_status(status if isinstance(status, int) else 1)
-        raise SystemExit(status)
+    def leave(code=None):
+        if code not in (None, 0) and threading.current_thread() is threading.main_thread():
+            status[:] = [code]
+        raise SystemExit(code)
+
+    def goodbye():
+        if status:
+            code = status[0] if isinstance(status[0], int) else 1
+            end(f"sys.exit({status[0]!r})\n", code)
 
     sys.excepthook = report
-    threading.excepthook = lambda args: report(args.exc_type, args.exc_value, args.exc_traceback)
+    threading.excepthook = report_thread
     sys.exit = leave
+    atexit.register(goodbye)

@@ -10,7 +10,9 @@ from .sum import all_reduce
 
 
 def evaluate(model, x, y, metrics, grid, size=256, transform=None):
-    """Mean of each metric over all samples: the same number, to the last bit, on any number of ranks.
+    """Mean of each metric over all samples: of equal weights the same number, to the last bit, on any number of ranks.
+
+    To be called on all ranks together.
 
     The data are cut into chunks of ``size`` samples, whatever the number of ranks; each rank computes a run of
     chunks, and the sums of the chunks are added up exactly.
@@ -37,6 +39,7 @@ def evaluate(model, x, y, metrics, grid, size=256, transform=None):
     """
     if len(x) == 0 or len(x) != len(y):
         raise ValueError(f"evaluation needs samples, as many in x as in y: x has {len(x)} and y has {len(y)}")
+    grid.same("the number of samples and the size of a chunk", (len(x), size))
     chunks = -(-len(x) // size)
     sums = np.zeros((chunks, len(metrics)))
     for chunk in range(*share(chunks, grid.replica, grid.data)):

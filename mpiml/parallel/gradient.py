@@ -1,5 +1,6 @@
 """The training step: the gradient of the mean loss over the global batch, on any grid."""
 
+import hashlib
 import itertools
 import math
 from time import perf_counter
@@ -12,7 +13,6 @@ from mpiml.tensor import Tensor
 
 from .grid import RankError
 from .sum import summation
-from .watch import Watch
 
 
 def gradient(model, loss, grid, watch=None, first_step=0):
@@ -27,7 +27,7 @@ def gradient(model, loss, grid, watch=None, first_step=0):
     model : mpiml.nn.Module
         Placed on the grid, see :func:`mpiml.parallel.place`.
     loss : function of (output, target)
-        Returns the sum over the samples, such as :func:`mpiml.ops.cross_entropy`.
+        Returns the *sum* over the samples, such as :func:`mpiml.ops.cross_entropy`; a mean would be divided twice.
     grid : mpiml.parallel.Grid
     watch : mpiml.parallel.Watch, optional
         Records the time of each part.
@@ -37,14 +37,16 @@ def gradient(model, loss, grid, watch=None, first_step=0):
     Returns
     -------
     step : function of (x, y)
-        Takes this rank's share, replaces the model's gradient and returns the mean loss, a float, the same on
-        all ranks. It raises :class:`~mpiml.parallel.RankError` on all ranks, with the ranks at fault, if the loss
+        To be called on all ranks together. Takes this rank's share, replaces the model's gradient and returns the
+        mean loss, a float, the same on all ranks. It raises :class:`~mpiml.parallel.RankError` on all ranks, with the ranks at fault, if the loss
         or the gradient is not finite or the whole batch is empty; the model's gradient is then zero, so that
         training may go on with the next batch. An error in a rank's own share (a shape, a label) is raised on
         that rank.
     """
+    if not hasattr(model, "vector"):
+        raise RuntimeError("this model has no memory yet: call place(model, grid) before gradient(model, ...)")
+    grid.same("the weights", hashlib.blake2b(model.vector.tobytes(), digest_size=8).hexdigest())
     numbers = itertools.count(first_step)
-    watch = Watch() if watch is None else watch
     total = summation(grid, len(model.sums), model.sums.dtype)
     model.accumulate_in(total.vector)
     sums = model.sums
@@ -63,6 +65,8 @@ def gradient(model, loss, grid, watch=None, first_step=0):
             raise ValueError(f"x has {len(x)} samples but y has {len(y)}")
         if positioned:
             first = _first(grid, len(x), norms)
+        if model.sums is not sums:  # another step, for another loss, say, was made or used since
+            model.accumulate_in(sums)
         sums[:] = 0
         if len(x):
             value = loss(model(x, Step(number, first)), y)
@@ -75,7 +79,8 @@ def gradient(model, loss, grid, watch=None, first_step=0):
         ready = perf_counter()
         local = float(sums[-2])
         total()
-        watch.record(ready - start, perf_counter() - ready)
+        if watch:
+            watch.record(ready - start, perf_counter() - ready)
         mean, count = float(sums[-2]), float(sums[-1])
         check = k.scale(model.gradient, sums.dtype.type(1 / count)) if count else math.nan
         if not math.isfinite(mean + check):

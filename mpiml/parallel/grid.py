@@ -84,7 +84,8 @@ class Grid:
                 groups.setdefault(text, []).append(rank)
             odd = min(groups.values(), key=len)
             raise RankError(f"{what} must be the same on all ranks, but " + "; ".join(
-                f"rank{'s' * (len(ranks) > 1)} {_list(ranks)} have {text}" for text, ranks in groups.items()), odd)
+                (f"rank {ranks[0]} has " if len(ranks) == 1 else f"ranks {_list(ranks)} have ") + text
+                for text, ranks in groups.items()), odd)
 
     def all(self, flag):
         """True on every rank if ``flag`` is true on every rank."""

@@ -30,6 +30,7 @@ class Watch:
     def times(self, grid):
         """{"compute", "communicate", "wait", "other"}: seconds since the start, (ranks,) arrays, on every rank.
 
+        To be called on all ranks together.
         "other" is all that is not in a step: reading data, the optimizer, evaluation.
         """
         wall = perf_counter() - self.start
@@ -45,7 +46,10 @@ class Watch:
                 "other": walls[:, 0] - compute - communicate - wait}
 
     def report(self, grid):
-        """Two lines that compare the rank that computed longest with the one that computed shortest."""
+        """Two lines that compare the rank that computed longest with the one that computed shortest.
+
+        To be called on all ranks together.
+        """
         times = self.times(grid)
         compute = times["compute"]
         lines = []
