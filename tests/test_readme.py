@@ -33,6 +33,8 @@ def test_the_parallel_program(ranks, tmp_path):
     assert float(re.fullmatch(r"\{'accuracy': (\S+)\}\n", run.out)[1]) > 0.88
 
 
-def test_the_new_op():
-    run = subprocess.run([sys.executable, "-c", BLOCKS[2]], capture_output=True, text=True, timeout=60, env=environment())
-    assert run.stdout == "[1.         0.54030231]\n", run.stderr
+@pytest.mark.parametrize("block, printed", [(2, "[1.         0.54030231]\n"), (3, "[2. 2. 2.]\n")])
+def test_the_new_op_and_the_new_layer(block, printed):
+    run = subprocess.run([sys.executable, "-c", BLOCKS[block]], capture_output=True, text=True, timeout=60,
+                         env=environment())
+    assert run.stdout == printed, run.stderr

@@ -38,10 +38,10 @@ def gradient(model, loss, grid, watch=None, first_step=0):
     -------
     step : function of (x, y)
         To be called on all ranks together. Takes this rank's share, replaces the model's gradient and returns the
-        mean loss, a float, the same on all ranks. It raises :class:`~mpiml.parallel.RankError` on all ranks, with the ranks at fault, if the loss
-        or the gradient is not finite or the whole batch is empty; the model's gradient is then zero, so that
-        training may go on with the next batch. An error in a rank's own share (a shape, a label) is raised on
-        that rank.
+        mean loss, a float, the same on all ranks. It raises :class:`~mpiml.parallel.RankError` on all ranks, with
+        the ranks at fault, if the loss or the gradient is not finite or the whole batch is empty; the model's
+        gradient is then zero, so that training may go on with the next batch. An error in a rank's own share (a
+        shape, a label) is raised on that rank.
     """
     if not hasattr(model, "vector"):
         raise RuntimeError("this model has no memory yet: call place(model, grid) before gradient(model, ...)")
