@@ -1,5 +1,8 @@
 """Training on the ranks there are, against the same job on one: passes on any number of ranks."""
 
+import sys
+import time
+
 import numpy as np
 import pytest
 from mpi4py import MPI
@@ -24,10 +27,13 @@ from mpiml.nn import (
 from mpiml.ops import cross_entropy, gelu, identity, mse_loss, relu
 from mpiml.optim import SGD, Adam, clip_norm
 from mpiml.parallel import Grid, RankError, Watch, evaluate, gradient, place
+from mpiml.parallel.shared import SharedSum
+from mpiml.parallel.sum import PlainSum, summation
 from mpiml.tensor import Tensor
 
 GRID = Grid()
 ALONE = Grid(comm=MPI.COMM_SELF)
+SHARED = GRID.size > 1 and sys.platform == "linux"
 
 
 def mlp():
@@ -272,6 +278,38 @@ def test_once_per_node():
     assert 0 in caught.value.ranks
     assert GRID.all(True)
     assert GRID.all(GRID.rank > 0) is False
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("size", [2, 5, 1000, 30011])
+def test_the_sum_in_shared_memory(size, dtype):
+    total = summation(GRID, size, dtype)
+    assert isinstance(total, SharedSum if SHARED else PlainSum)
+    if SHARED and GRID.rank == 0:
+        total._words[16] = 2**31 - 7  # the counter of rounds wraps around on the way
+    GRID.comm.Barrier()
+    for step in range(20):
+        total.vector[:] = np.arange(size) % 11 + GRID.rank + step
+        if (GRID.rank + step) % 3 == 0:
+            time.sleep(0.0005)
+        total()
+        np.testing.assert_array_equal(
+            total.vector, (np.arange(size) % 11 + step) * GRID.size + sum(range(GRID.size)))
+
+
+@pytest.mark.parametrize("nodes", [2, 3])
+def test_the_sum_across_nodes(nodes):
+    grid = Grid()
+    grid.node = grid.comm.Split(grid.rank * nodes // grid.size)  # as if runs of ranks had a node each
+    grid.across = grid.comm.Split(grid.node.rank)
+    total = summation(grid, 1003, np.float64)
+    alike = SHARED and grid.size % nodes == 0 and grid.size > nodes
+    assert isinstance(total, SharedSum if alike else PlainSum)
+    for step in range(5):
+        total.vector[:] = np.arange(1003) * (grid.rank + step)
+        total()
+        np.testing.assert_array_equal(
+            total.vector, np.arange(1003.0) * (sum(range(grid.size)) + step * grid.size))
 
 
 def test_texts_of_any_length():

@@ -54,21 +54,21 @@ def _arrive(words, ranks, system_call):
     """Report this rank to the meeting; the number of the round to wait for the end of, or -1 if it was the last."""
     now = _atomic_load(words, _ROUND)
     if _atomic_add(words, _ARRIVED, np.int32(1)) < ranks - 1:
-        return now
+        return np.int64(now) & 0xFFFFFFFF  # the counter wraps around in a long run, and -1 has a meaning
     _atomic_add(words, _ARRIVED, np.int32(-ranks))
     _atomic_add(words, _ROUND, np.int32(1))
     _syscall(system_call, words[_ROUND:].ctypes.data, _FUTEX_WAKE, ranks, 0, 0, 0)
-    return np.int32(-1)
+    return np.int64(-1)
 
 
 @kernel
 def _wait(words, now, spins, timeout, system_call):
     """Wait for the end of round ``now``, ``timeout`` (seconds, nanoseconds) at most; whether it has ended."""
     for _ in range(spins):
-        if _atomic_load(words, _ROUND) != now:
+        if _atomic_load(words, _ROUND) != np.int32(now):
             return True
     _syscall(system_call, words[_ROUND:].ctypes.data, _FUTEX_WAIT, now, timeout.ctypes.data, 0, 0)
-    return _atomic_load(words, _ROUND) != now
+    return _atomic_load(words, _ROUND) != np.int32(now)
 
 
 @kernel
