@@ -45,6 +45,14 @@ def cores():
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def cores_of_node():
+    """Number of cores that this node's ranks may run on together: the launcher's, whose children may be bound to fewer."""
+    try:
+        return max(cores(), len(os.sched_getaffinity(os.getppid())))
+    except (AttributeError, OSError):
+        return cores()
+
+
 def threads():
     """Number of threads this rank may use without taking a core from a neighbour.
 
@@ -53,9 +61,13 @@ def threads():
     process cannot tell a private binding from a shared one, and too few threads cost little, too many
     cost everything.
     """
-    for name in ("OMP_NUM_THREADS", "SLURM_CPUS_PER_TASK"):
-        if os.environ.get(name, "").isdigit():
-            return max(1, int(os.environ[name]))
+    if os.environ.get("OMP_NUM_THREADS", "").isdigit():
+        return max(1, int(os.environ["OMP_NUM_THREADS"]))
+    if os.environ.get("SLURM_CPUS_PER_TASK", "").isdigit():
+        count = int(os.environ["SLURM_CPUS_PER_TASK"])
+        if any(os.environ.get(name) for name in _LOCAL_SIZE[:-1]):  # the ranks of an mpirun may share one task of Slurm's
+            count = min(count, cores_of_node() // ranks_on_node())
+        return max(1, count)
     return max(1, cores() // ranks_on_node())
 
 
@@ -72,13 +84,13 @@ def share_cores():
         os.environ.setdefault(name, str(count))
     if late:
         _cap_loaded_blas(count)
-    if ranks_on_node() > cores():
+    if ranks_on_node() > cores_of_node():
         # MPICH's wait loop spins, then sleeps with this (about 100 us a wait, so only when oversubscribed);
         # Open MPI yields by itself if its own mpirun knows that it oversubscribes, and by the second always.
         os.environ.setdefault("MPIR_CVAR_ENABLE_HEAVY_YIELD", "1")
         os.environ.setdefault("OMPI_MCA_mpi_yield_when_idle", "1")
         if "mpi4py.MPI" in sys.modules:
-            warnings.warn(f"{ranks_on_node()} ranks share {cores()} cores and MPI was started before mpiml was "
+            warnings.warn(f"{ranks_on_node()} ranks share {cores_of_node()} cores and MPI was started before mpiml was "
                           f"imported, so idle ranks may spin: import mpiml before mpi4py", stacklevel=3)
 
 

@@ -297,13 +297,22 @@ def test_the_sum_in_shared_memory(size, dtype):
             total.vector, (np.arange(size) % 11 + step) * GRID.size + sum(range(GRID.size)))
 
 
-@pytest.mark.parametrize("nodes", [2, 3])
-def test_the_sum_across_nodes(nodes):
+LAYOUTS = {  # as if runs of ranks had a node each
+    "two": lambda rank, size: rank * 2 // size,
+    "three": lambda rank, size: rank * 3 // size,
+    "growing": lambda rank, size: int((8 * rank + 1) ** 0.5 - 1) // 2,  # of 1, 2, 3, ... ranks: one is of mean size
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_sum_across_nodes(layout):
     grid = Grid()
-    grid.node = grid.comm.Split(grid.rank * nodes // grid.size)  # as if runs of ranks had a node each
+    nodes = [LAYOUTS[layout](rank, grid.size) for rank in range(grid.size)]
+    grid.node = grid.comm.Split(nodes[grid.rank])
     grid.across = grid.comm.Split(grid.node.rank)
     total = summation(grid, 1003, np.float64)
-    alike = SHARED and grid.size % nodes == 0 and grid.size > nodes
+    sizes = {nodes.count(node) for node in nodes}
+    alike = SHARED and len(sizes) == 1 and sizes != {1}
     assert isinstance(total, SharedSum if alike else PlainSum)
     for step in range(5):
         total.vector[:] = np.arange(1003) * (grid.rank + step)

@@ -51,6 +51,8 @@ def mnist(folder=None, grid=None):
         A file is damaged, or is not what its name says.
     """
     folder = folder or os.environ.get("MPIML_DATA")
+    if grid:  # some launchers do not hand the variable on to other nodes
+        grid.same("whether a folder with MNIST was named, by argument or MPIML_DATA,", bool(folder))
     if folder:
         folder = Path(folder)
         return load(folder if (folder / "mnist").is_dir() is False else folder / "mnist")
@@ -131,7 +133,7 @@ def _answers(url, requests):
     def ask():
         try:
             answered.append(requests.head(url, timeout=PATIENCE, allow_redirects=True).ok)
-        except requests.RequestException:
+        except Exception:  # also what requests lets through, of a wrong certificate path or proxy, say
             answered.append(False)
 
     thread = threading.Thread(target=ask, daemon=True)

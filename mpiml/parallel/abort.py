@@ -6,6 +6,8 @@ other than 0.
 """
 
 import atexit
+import builtins
+import contextlib
 import fcntl
 import os
 import sys
@@ -48,41 +50,68 @@ def _forget_segments():
         pass  # no /proc, or another rank was first
 
 
+class _Exit(SystemExit):
+    """What sys.exit raises here; it counts unless the program catches it."""
+
+    pending = None
+
+    def __init__(self, code):
+        super().__init__(code)
+        _Exit.pending = code
+
+    def __del__(self):
+        if sys._getframe().f_back is not None:  # somebody caught it and runs on; else it dies after the last frame
+            _Exit.pending = None
+
+
+def _say(text):
+    """Write to stderr, or to what the process started with if the program has closed or replaced it."""
+    for stream in sys.stdout, sys.__stdout__:
+        with contextlib.suppress(Exception):
+            stream.flush()
+    for stream in sys.stderr, sys.__stderr__:
+        with contextlib.suppress(Exception):
+            stream.write(text)
+            _drain(stream)
+            return
+
+
 def install(comm):
     """Abort ``comm``'s job on uncaught exceptions of this process, in any thread; nothing changes on one rank."""
     if comm.size == 1:
         return
-    status = []
 
     def report(kind, error, trace):
-        ranks = getattr(error, "ranks", range(comm.size))
+        if MPI.Is_finalized():
+            return sys.__excepthook__(kind, error, trace)
+        ranks = getattr(error, "ranks", None)
+        if not isinstance(ranks, list) or not ranks:
+            ranks = range(comm.size)
         if comm.rank != min(ranks):
             time.sleep(_TURN if comm.rank in ranks else _COURTESY)
         end("".join(traceback.format_exception(kind, error, trace)), 130 if issubclass(kind, KeyboardInterrupt) else 1)
 
     def report_thread(args):
-        if args.exc_type is not SystemExit:  # ends its thread alone
+        if not issubclass(args.exc_type, SystemExit):  # ends its thread alone
             report(args.exc_type, args.exc_value, args.exc_traceback)
 
     def end(text, code):
-        where = f"rank {comm.rank} of {comm.size} on {MPI.Get_processor_name()}"
-        sys.stdout.flush()
-        sys.stderr.write(f"\nmpiml: {where} failed and ends the job\n{text}")
-        _drain(sys.stderr)
-        _forget_segments()
-        comm.Abort(code)
+        try:
+            where = f"rank {comm.rank} of {comm.size} on {MPI.Get_processor_name()}"
+            _say(f"\nmpiml: {where} failed and ends the job\n{text}")
+            _forget_segments()
+        finally:
+            comm.Abort(code)
 
     def leave(code=None):
-        if code not in (None, 0) and threading.current_thread() is threading.main_thread():
-            status[:] = [code]
-        raise SystemExit(code)
+        raise (_Exit if threading.current_thread() is threading.main_thread() else SystemExit)(code)
 
     def goodbye():
-        if status:
-            code = status[0] if isinstance(status[0], int) else 1
-            end(f"sys.exit({status[0]!r})\n", code)
+        code = _Exit.pending
+        if code not in (None, 0) and not MPI.Is_finalized():
+            end(f"sys.exit({code!r})\n", code if isinstance(code, int) else 1)
 
     sys.excepthook = report
     threading.excepthook = report_thread
-    sys.exit = leave
+    sys.exit = builtins.exit = builtins.quit = leave
     atexit.register(goodbye)

@@ -6,7 +6,8 @@ import os
 import numpy as np
 from mpi4py import MPI
 
-_WORLD_SIZE = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
+_WORLD_SIZE = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+_SLURM_SIZE = ("SLURM_STEP_NUM_TASKS",)  # also in what an mpirun inside of a step starts, so it counts if it stands alone
 
 
 class RankError(RuntimeError):
@@ -131,10 +132,13 @@ def _list(ranks):
 
 
 def _check_launcher(size):
-    for name in _WORLD_SIZE:
-        started = os.environ.get(name, "")
-        if started.isdigit() and int(started) != size:
+    for names in _WORLD_SIZE, _SLURM_SIZE:
+        started = {name: int(os.environ[name]) for name in names if os.environ.get(name, "").isdigit()}
+        if size in started.values():
+            return  # another launcher around this one left the other number
+        if started:
+            name, number = next(iter(started.items()))
             library = MPI.Get_library_version().strip("\0\n ").splitlines()[0]
-            raise RuntimeError(f"the launcher started {started} processes ({name}), but the MPI library that mpi4py loaded "
+            raise RuntimeError(f"the launcher started {number} processes ({name}), but the MPI library that mpi4py loaded "
                                f"({library}) sees {size}: use the mpirun that belongs to this library, or the mpi4py that "
                                f"belongs to this mpirun")

@@ -17,7 +17,7 @@ from mpi4py import MPI
 from numba import types
 from numba.extending import intrinsic
 
-from mpiml.cores import cores
+from mpiml.cores import cores_of_node
 from mpiml.data.batches import share
 from mpiml.kernels.jit import kernel
 
@@ -115,9 +115,10 @@ class SharedSum:
         line = 64 // dtype.itemsize
         self._slice = tuple(min(line * bound, size) for bound in share(-(-size // line), node.rank, node.size))
         self._ranks, self._across = node.size, across
-        self._spins = 100 if node.size > cores() else 20000
+        self._spins = 100 if node.size > cores_of_node() else 20000
         self._timeout = np.array([0, int(_PATIENCE * 1e9)], np.int64)
         self._call = _FUTEX[os.uname().machine]
+        self._summing = False
 
     def _meet(self):
         now = _arrive(self._words, self._ranks, self._call)
@@ -126,6 +127,10 @@ class SharedSum:
 
     def __call__(self):
         """Replace ``vector`` by the sum over all ranks."""
+        if self._summing:
+            raise RuntimeError("an exception (Ctrl-C, say) interrupted an earlier sum on this rank, which is no longer in "
+                               "step with the others: this training cannot go on")
+        self._summing = True
         self._meet()
         _sum_slice(self._rows, *self._slice, self._result)
         if self._across is not None:
@@ -133,6 +138,7 @@ class SharedSum:
         self._meet()
         # Nobody writes the result again before all have met a third time, in the next sum.
         self.vector[:] = self._result[:len(self.vector)]
+        self._summing = False
 
 
 def _row(size, dtype):

@@ -32,8 +32,9 @@ def summation(grid, size, dtype):
     object with ``vector``, a (size,) array of zeros, and ``__call__()``, which replaces it by the sum
     """
     node, across = grid.node, grid.across
-    # Slices are summed across nodes by ranks of equal number, so the nodes must be alike; and all ranks choose alike.
-    alike = node.size > 1 and across.size * node.size == grid.size
+    # Slices are summed across nodes by ranks of equal number, so the nodes must be alike. All ranks choose
+    # alike, before any of them makes memory: a rank of a node of mean size may see less than its neighbour.
+    alike = grid.all(node.size > 1 and across.size * node.size == grid.size)
     memory = shared.allocate(node, size, dtype) if alike else None
     if not grid.all(memory is not None):
         return PlainSum(grid, size, dtype)

@@ -5,6 +5,7 @@ import sys
 from time import perf_counter
 
 import numpy as np
+from mpi4py import MPI
 
 
 class Watch:
@@ -36,14 +37,15 @@ class Watch:
         wall = perf_counter() - self.start
         mine = np.array(self._steps, float).reshape(-1, 2).T
         grid.same("the number of recorded steps", mine.shape[1])
-        compute, reduce, walls = (np.empty((grid.size, part.size)) for part in (*mine, np.array([wall])))
-        for part, whole in (mine[0], compute), (mine[1], reduce), (np.array([wall]), walls):
-            grid.comm.Allgather(np.ascontiguousarray(part), whole)
-        communicate = reduce.min(axis=0)
-        compute, wait = compute.sum(axis=1), (reduce - communicate).sum(axis=1)
+        compute, reduce = np.ascontiguousarray(mine)
+        communicate = np.empty_like(reduce)
+        grid.comm.Allreduce(reduce, communicate, MPI.MIN)
+        sums = np.empty((grid.size, 3))
+        grid.comm.Allgather(np.array([compute.sum(), (reduce - communicate).sum(), wall]), sums)
+        compute, wait, walls = sums.T
         communicate = np.full(grid.size, communicate.sum())
         return {"compute": compute, "communicate": communicate, "wait": wait,
-                "other": walls[:, 0] - compute - communicate - wait}
+                "other": walls - compute - communicate - wait}
 
     def report(self, grid):
         """Two lines that compare the rank that computed longest with the one that computed shortest.
