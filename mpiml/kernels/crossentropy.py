@@ -39,15 +39,17 @@ def _softmax_vjp(g, y, out, log):
 
 
 def _apply(x, log):
-    y = np.empty(x.shape, x.dtype)
-    _softmax(_rows(x), y.reshape(_rows(x).shape), log)
-    return y
+    rows = _rows(x)
+    y = np.empty(rows.shape, x.dtype)
+    _softmax(rows, y, log)
+    return y.reshape(x.shape)
 
 
 def _apply_vjp(g, y, log):
-    out = np.empty(g.shape, g.dtype)
-    _softmax_vjp(_rows(g), _rows(y), out.reshape(_rows(g).shape), log)
-    return out
+    rows = _rows(g)
+    out = np.empty(rows.shape, g.dtype)
+    _softmax_vjp(rows, _rows(y), out, log)
+    return out.reshape(g.shape)
 
 
 def softmax(x):

@@ -7,16 +7,21 @@ from .jit import kernel
 
 
 @kernel
+def _window(i, pixels, size, stride, padding):
+    """First and end pixel of window ``i`` along an axis, the padding cut off."""
+    first = i * stride - padding
+    return max(0, first), min(pixels, first + size)
+
+
+@kernel
 def _max_pool(x, y, index, size, stride, padding):
     planes, h, w = x.shape
     _, oh, ow = y.shape
     for p in range(planes):
         for i in range(oh):
-            top = max(0, i * stride[0] - padding[0])
-            bottom = min(h, i * stride[0] - padding[0] + size[0])
+            top, bottom = _window(i, h, size[0], stride[0], padding[0])
             for j in range(ow):
-                left = max(0, j * stride[1] - padding[1])
-                right = min(w, j * stride[1] - padding[1] + size[1])
+                left, right = _window(j, w, size[1], stride[1], padding[1])
                 best, where = x[p, top, left], top * w + left
                 for a in range(top, bottom):
                     for b in range(left, right):
@@ -42,11 +47,9 @@ def _avg_pool(x, y, size, stride, padding):
     share = x.dtype.type(1 / (size[0] * size[1]))
     for p in range(planes):
         for i in range(oh):
-            top = max(0, i * stride[0] - padding[0])
-            bottom = min(h, i * stride[0] - padding[0] + size[0])
+            top, bottom = _window(i, h, size[0], stride[0], padding[0])
             for j in range(ow):
-                left = max(0, j * stride[1] - padding[1])
-                right = min(w, j * stride[1] - padding[1] + size[1])
+                left, right = _window(j, w, size[1], stride[1], padding[1])
                 total = x.dtype.type(0)
                 for a in range(top, bottom):
                     for b in range(left, right):
@@ -62,11 +65,9 @@ def _avg_pool_vjp(g, x, size, stride, padding):
     x[:] = 0
     for p in range(planes):
         for i in range(oh):
-            top = max(0, i * stride[0] - padding[0])
-            bottom = min(h, i * stride[0] - padding[0] + size[0])
+            top, bottom = _window(i, h, size[0], stride[0], padding[0])
             for j in range(ow):
-                left = max(0, j * stride[1] - padding[1])
-                right = min(w, j * stride[1] - padding[1] + size[1])
+                left, right = _window(j, w, size[1], stride[1], padding[1])
                 part = g[p, i, j] * share
                 for a in range(top, bottom):
                     for b in range(left, right):

@@ -3,7 +3,8 @@
 MPI's own all-reduce passes vectors on in pieces, each a message to wait for. Ranks of one node can instead read
 each other's vectors: each sums one slice of all of them, in the order of the ranks, and then copies the whole
 result. Two meetings are all that it takes, and a rank that waits sleeps (a futex: the kernel wakes it), so that
-its core is free for a rank that has work. With eight ranks on two cores this is tens of times faster.
+its core is free for a rank that has work. With eight ranks on two cores this was measured to be
+nine times faster for 110 thousand floats, and three times for ten million.
 """
 
 import mmap
@@ -111,7 +112,6 @@ class SharedSum:
         rows = memory[_PAGE:_bytes(size, dtype, node.size)].view(dtype).reshape(node.size + 1, _row(size, dtype))
         self._rows, self._result = rows[:-1], rows[-1]
         self.vector = self._rows[node.rank, :size]
-        self.vector[:] = 0  # by its owner, so that its pages lie near
         line = 64 // dtype.itemsize
         self._slice = tuple(min(line * bound, size) for bound in share(-(-size // line), node.rank, node.size))
         self._ranks, self._across = node.size, across
