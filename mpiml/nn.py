@@ -127,6 +127,10 @@ class Module:
                 stack += reversed([(f"{name}.{n}".lstrip("."), c) for n, c in child.children()])
         return found
 
+    def layout(self):
+        """{name: Parameter} in the order in which they lie in the vector."""
+        return dict(sorted(self.named().items(), key=lambda item: isinstance(item[1], Statistic)))
+
     def init(self, seed=0, dtype=np.float32):
         """Allocate the vector and fill every parameter from (seed, name); return the model itself.
 
@@ -138,12 +142,11 @@ class Module:
         dtype = np.dtype(dtype)
         if dtype not in FLOATS:
             raise TypeError(f"parameters are float32 or float64, not {dtype}")
-        named = sorted(self.named().items(), key=lambda item: isinstance(item[1], Statistic))
-        self.learnt = sum(p.size for _, p in named if not isinstance(p, Statistic))
-        size = sum(p.size for _, p in named)
+        self._layout = self.layout()
+        self.learnt = sum(p.size for p in self._layout.values() if not isinstance(p, Statistic))
+        size = sum(p.size for p in self._layout.values())
         self.vector = np.empty(size, dtype)
-        self._layout = dict(named)
-        for (name, parameter), value in zip(named, self._views(self.vector), strict=True):
+        for (name, parameter), value in zip(self._layout.items(), self._views(self.vector), strict=True):
             parameter.value = value
             parameter.value[...] = parameter.fill(generator(seed, name), parameter.shape)
         self.accumulate_in(np.zeros(size + 2, dtype))
@@ -162,6 +165,14 @@ class Module:
         self.gradient = sums[:-2]
         for parameter, grad in zip(self._layout.values(), self._views(self.gradient), strict=True):
             parameter.grad = grad
+
+    def whole(self):
+        """The model that this is all of; a part of a model that lies on several ranks has another."""
+        return self
+
+    def joint_norm(self, norm):
+        """The norm of a vector over all parameters of the model, of which ``norm`` covers those held here: all."""
+        return norm
 
     def absorb_statistics(self):
         """Move the running statistics by what the last steps measured; optimizers call it at the end of a step."""

@@ -47,10 +47,13 @@ def warmup(schedule, steps):
 
 
 def clip_norm(model, max_norm):
-    """Scale the model's gradient down to a Euclidean norm of ``max_norm`` if it is longer; return the norm it had."""
+    """Scale the model's gradient down to a Euclidean norm of ``max_norm`` if it is longer; return the norm it had.
+
+    On a grid to be called on all ranks together: the norm is that of the whole model's gradient.
+    """
     _require(max_norm > 0, "clip_norm needs max_norm > 0", max_norm)
     gradient = model.gradient[:model.learnt]
-    norm = k.norm(gradient)
+    norm = model.joint_norm(k.norm(gradient))
     if norm > max_norm:
         k.scale(gradient, gradient.dtype.type(max_norm / norm))
     return norm

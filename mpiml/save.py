@@ -19,10 +19,11 @@ _COUNTER = "num_batches_tracked"  # an integer in PyTorch
 
 
 def save(model, path):
-    """Write all parameters and statistics of ``model`` to ``path``.
+    """Write all parameters and statistics of ``model``, a Module or {name: array}, to ``path``.
 
     The file appears under its name when it is complete: whoever reads it sees the old one or the new one.
-    In a parallel program one rank writes: ``if grid.rank == 0: save(model, path)``.
+    In a parallel program one rank writes: ``weights = model.collect()`` on all ranks, and then
+    ``if grid.rank == 0: save(weights, path)``.
 
     Raises
     ------
@@ -31,10 +32,11 @@ def save(model, path):
     FileNotFoundError
         The folder does not exist.
     """
-    if not hasattr(model, "vector"):
-        raise RuntimeError("this model has no memory yet: call model.init(seed) before saving it")
-    arrays = {name: np.array(p.value, np.int64) if name.endswith(_COUNTER) else p.value
-              for name, p in model.named().items()}
+    if not isinstance(model, dict):
+        if not hasattr(model, "vector"):
+            raise RuntimeError("this model has no memory yet: call model.init(seed) before saving it")
+        model = {name: parameter.value for name, parameter in model.named().items()}
+    arrays = {name: np.array(a, np.int64) if name.endswith(_COUNTER) else a for name, a in model.items()}
     path = os.fspath(path)
     if not os.path.isdir(os.path.dirname(path) or "."):
         raise FileNotFoundError(f"cannot save to {path}: the folder {os.path.dirname(path)} does not exist")
@@ -69,9 +71,9 @@ def load(model, path):
     except SafetensorError as error:
         raise ValueError(f"{os.fspath(path)} is not a whole safetensors file ({error}); pickled files (.pt, .pkl) are "
                          f"programs and are not read: convert them with safetensors.torch.save_file") from error
-    named = model.named()
+    named, everything = model.named(), model.whole().named()
     problems = [f"{name} is missing" for name in named if name not in arrays]
-    problems += [f"{name} is not in the model" for name in arrays if name not in named]
+    problems += [f"{name} is not in the model" for name in arrays if name not in everything]
     problems += [f"{name} has shape {arrays[name].shape} instead of {p.shape}" for name, p in named.items()
                  if name in arrays and arrays[name].shape != p.shape]
     problems += [f"{name} is of {array.dtype}, not of floats" for name, array in arrays.items()

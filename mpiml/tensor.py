@@ -206,7 +206,7 @@ def _kinds(args):
     return " and ".join(str(a.dtype) for a in args if hasattr(a, "dtype"))
 
 
-def backward(root, gradient=None):
+def backward(root, gradient=None, wrt=None, later=None):
     """Walk the tape back from ``root``; yield each leaf as soon as its gradient is final.
 
     Gradients are added to the leaves' ``grad``. The tape is used up on the way, so that what it holds is freed
@@ -217,6 +217,10 @@ def backward(root, gradient=None):
     root : Tensor
     gradient : array of root's shape and dtype, optional
         The gradient for ``root``; 1 if root has one element.
+    wrt, later : Tensor and list, optional
+        With ``later``, only the gradient for the leaf ``wrt`` is computed. Those for the other leaves are put off: for
+        each, a function without arguments that adds it to the leaf's ``grad`` is appended to ``later``. So the
+        backward pass can be split in two, and what nobody waits for done when there is time.
 
     Yields
     ------
@@ -247,11 +251,15 @@ def backward(root, gradient=None):
         g = gradients.pop(id(node))
         edges, node.edges = node.edges, None
         for argument, vjp in edges:
-            part = vjp(g)
-            _check(part, argument, vjp.__qualname__)
             key = id(argument)
             uses[key] -= 1
-            if isinstance(argument, Tensor):
+            leaf = isinstance(argument, Tensor)
+            if leaf and later is not None and argument is not wrt:
+                later.append(functools.partial(_contribute, argument, vjp, g))
+                continue
+            part = vjp(g)
+            _check(part, argument, vjp.__qualname__)
+            if leaf:
                 _accumulate(argument, part)
                 if not uses[key]:
                     yield argument
@@ -276,6 +284,12 @@ def _count_uses(root):
                     stack.append(argument)
             uses[id(argument)] += 1
     return uses
+
+
+def _contribute(leaf, vjp, g):
+    part = vjp(g)
+    _check(part, leaf, vjp.__qualname__)
+    _accumulate(leaf, part)
 
 
 def _accumulate(leaf, part):

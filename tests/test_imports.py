@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "mpiml"
-OPTIONAL = {"pooch", "requests", "safetensors", "threadpoolctl", "tqdm"}
+OPTIONAL = {"matplotlib", "pooch", "requests", "safetensors", "threadpoolctl", "tqdm"}
 
 # room: what it may import of the package, and from outside beside the standard library.
 ALLOWED = {
@@ -22,7 +22,9 @@ ALLOWED = {
     "metrics.py": (set(), {"numpy"}),
     "data": ({"data", "random"}, {"numpy", "pooch", "requests"}),
     "save.py": (set(), {"numpy", "safetensors"}),
-    "parallel": ({"cores", "data", "kernels", "nn", "parallel", "tensor"},
+    "schedule": ({"schedule"}, {"matplotlib", "numpy"}),
+    "__main__.py": ({"schedule"}, set()),
+    "parallel": ({"cores", "data", "kernels", "nn", "parallel", "schedule", "tensor"},
                  {"llvmlite", "mpi4py", "numba", "numpy", "tqdm"}),
 }
 FILES = sorted(PACKAGE.rglob("*.py"))

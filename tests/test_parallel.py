@@ -29,6 +29,7 @@ from mpiml.optim import SGD, Adam, clip_norm
 from mpiml.parallel import Grid, RankError, Watch, evaluate, gradient, place
 from mpiml.parallel.shared import SharedSum
 from mpiml.parallel.sum import PlainSum, summation
+from mpiml.schedule import F
 from mpiml.tensor import Tensor
 
 GRID = Grid()
@@ -201,7 +202,7 @@ def test_a_model_that_forgets_training():
 def test_batch_norm_needs_shares_it_can_split():
     net = place(Sequential(BatchNorm2d(2)), GRID, dtype=np.float64)
     if GRID.size > 1:
-        with pytest.raises(ValueError, match=f"spread over {GRID.size} ranks: give it samples="):
+        with pytest.raises(ValueError, match=f"spread over {GRID.size} ranks and 1 micro-batches: give it samples="):
             gradient(net, cross_entropy, GRID)
     else:
         gradient(net, cross_entropy, GRID)
@@ -216,9 +217,16 @@ def test_batch_norm_needs_shares_it_can_split():
 
 
 def test_a_grid_that_does_not_fit():
-    with pytest.raises(ValueError, match=rf"data={GRID.size + 3} needs {GRID.size + 3} processes, but there are {GRID.size}"):
-        Grid(data=GRID.size + 3)
-    assert Grid(data=GRID.size).data == GRID.size
+    n = GRID.size
+    with pytest.raises(ValueError, match=rf"data={n + 3} x pipe=1 needs {n + 3} processes, but there are {n}: start it with "
+                                         rf"mpirun -n {n + 3}, or choose data x pipe among {n}x1.*1x{n}|1x1"):
+        Grid(data=n + 3)
+    with pytest.raises(ValueError, match=rf"pipe={n + 1} needs a multiple of {n + 1} processes, but there are {n}: choose"):
+        Grid(pipe=n + 1)
+    with pytest.raises(ValueError, match="pipe is a whole number above 0, not 0"):
+        Grid(pipe=0)
+    grid = Grid(pipe=n)
+    assert (grid.data, grid.pipe, grid.stage, grid.replica) == (1, n, GRID.rank, 0)
 
 
 def test_the_launcher_of_another_mpi(monkeypatch):
@@ -341,8 +349,10 @@ def test_the_callers_communicator_is_left_alone():
 
 def test_the_watch_accounts_for_all_time():
     watch = Watch()
-    for _ in range(3):
-        watch.record(0.1 * (GRID.rank + 1), 0.5 if GRID.rank else 0.25)
+    for step in range(3):
+        done = 10 + 0.1 * (GRID.rank + 1)
+        watch.action(step, F(0, 0), 10.0, 10.0, done, done)
+        watch.all_reduce(step, 20.0, 20.5 if GRID.rank else 20.25)
     times = watch.times(GRID)
     slow = np.arange(GRID.size) > 0
     np.testing.assert_allclose(times["compute"], 0.3 * np.arange(1, GRID.size + 1))

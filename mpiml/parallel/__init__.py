@@ -17,7 +17,9 @@ abort.install(MPI.COMM_WORLD)
 from .evaluate import evaluate  # noqa: E402
 from .gradient import gradient  # noqa: E402
 from .grid import Grid, RankError  # noqa: E402
-from .place import place  # noqa: E402
+from .place import Part, place  # noqa: E402
+from .predict import predict  # noqa: E402
+from .profile import Profile, profile  # noqa: E402
 from .watch import Watch, progress  # noqa: E402
 
-__all__ = ["Grid", "RankError", "Watch", "evaluate", "gradient", "place", "progress"]
+__all__ = ["Grid", "Part", "Profile", "RankError", "Watch", "evaluate", "gradient", "place", "predict", "profile", "progress"]

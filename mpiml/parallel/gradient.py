@@ -6,100 +6,149 @@ import math
 from time import perf_counter
 
 import numpy as np
+from mpi4py import MPI
 
 from mpiml import kernels as k
-from mpiml.nn import BatchNorm2d, Dropout, Step
-from mpiml.tensor import Tensor
+from mpiml.data.batches import share
+from mpiml.nn import BatchNorm2d, Dropout
+from mpiml.schedule import orders, simulate
 
 from .grid import RankError
+from .interpreter import Interpreter
+from .place import Part
 from .sum import summation
 
 
-def gradient(model, loss, grid, watch=None, first_step=0):
+def gradient(model, loss, grid, microbatches=None, recompute=False, watch=None, first_step=0):
     """A function ``step(x, y)`` that leaves the gradient of the global mean loss in ``model.gradient``.
 
-    Each rank computes the *sum* of the loss over its share and its gradient; one all-reduce adds up gradients,
-    losses and numbers of samples; one division makes means of them. So the result is that of one rank with the
-    whole batch, however unevenly the batch is shared; a rank may even have none.
+    Each replica cuts its share of the batch into micro-batches, and its stages run the model's schedule: the *sum* of
+    the loss over the share and its gradient. Then the replicas of each stage add up gradients, losses and numbers of
+    samples, as soon as the stage is done; one division makes means of them. So the result is that of one rank with the
+    whole batch, however unevenly the batch is shared; a replica may even have none. On a grid of one rank, several
+    micro-batches are gradient accumulation.
 
     Parameters
     ----------
-    model : mpiml.nn.Module
-        Placed on the grid, see :func:`mpiml.parallel.place`.
+    model : Part
+        What :func:`mpiml.parallel.place` returned.
     loss : function of (output, target)
         Returns the *sum* over the samples, such as :func:`mpiml.ops.cross_entropy`; a mean would be divided twice.
     grid : mpiml.parallel.Grid
+        The one that the model was placed on.
+    microbatches : int, optional
+        Micro-batches for each replica in a step; by default 2 for each stage, or 1 without a pipeline. A share of fewer
+        samples gives fewer.
+    recompute : bool or collection of int
+        True, or the stages that keep only their chunks' inputs from the forward to the backward pass and compute the rest
+        anew: a forward pass more, and the memory of all activations but of one micro-batch less.
     watch : mpiml.parallel.Watch, optional
-        Records the time of each part.
+        Records what this rank does.
     first_step : int
         Number of the first step, which dropout depends on; later steps count on from it.
 
     Returns
     -------
     step : function of (x, y)
-        To be called on all ranks together. Takes this rank's share, replaces the model's gradient and returns the
-        mean loss, a float, the same on all ranks. It raises :class:`~mpiml.parallel.RankError` on all ranks, with
-        the ranks at fault, if the loss or the gradient is not finite or the whole batch is empty; the model's
-        gradient is then zero, so that training may go on with the next batch. An error in a rank's own share (a
-        shape, a label) is raised on that rank.
+        To be called on all ranks together. Takes this replica's share, the same on all its stages (the first needs x, the
+        last y, and all the number of samples), replaces the model's gradient and returns the mean loss, a float, the same
+        on all ranks. It raises :class:`~mpiml.parallel.RankError` on all ranks, with the ranks at fault, if the loss or
+        the gradient is not finite or the whole batch is empty; the model's gradient is then zero, so that training may
+        go on with the next batch. An error in a rank's own share (a shape, a label) is raised on that rank.
+
+    Raises
+    ------
+    mpiml.schedule.ScheduleError
+        The schedule would never end with this many micro-batches; nothing was sent yet.
     """
-    if not hasattr(model, "vector"):
-        raise RuntimeError("this model has no memory yet: call place(model, grid) before gradient(model, ...)")
-    grid.same("the weights", hashlib.blake2b(model.vector.tobytes(), digest_size=8).hexdigest())
+    if not isinstance(model, Part):
+        raise RuntimeError("gradient takes what place(model, grid) returned: call place(model, grid) before gradient(...)")
+    if model.grid is not grid:
+        raise ValueError(f"the model was placed on {model.grid}, but gradient is to run on {grid}: use one Grid for both")
+    microbatches = (1 if grid.pipe == 1 else 2 * grid.pipe) if microbatches is None else microbatches
+    if not isinstance(microbatches, (int, np.integer)) or microbatches < 1:
+        raise ValueError(f"microbatches is a whole number above 0, not {microbatches!r}")
+    norms = list(model.whole().named(BatchNorm2d).values())
+    multiple = math.lcm(*(norm.samples or 1 for norm in norms))
+    pieces = grid.data * microbatches
+    if pieces > 1 and any(norm.samples is None for norm in norms):
+        raise ValueError(f"BatchNorm2d takes its statistics over the whole batch, which is spread over {grid.data} ranks and "
+                         f"{microbatches} micro-batches: give it samples=, a number of samples that each piece can hold, or "
+                         f"use GroupNorm")
+    simulate(model.schedule, grid.pipe, microbatches)  # refuses a schedule that would hang
+    lists = orders(model.schedule, grid.pipe, microbatches)
+    grid.same("the schedule and the number of micro-batches", lists)
+    recomputed = recompute if isinstance(recompute, bool) else grid.stage in recompute
+    _same_weights(model, grid)
+
+    mine = lists[grid.stage]
+    interpreter = Interpreter(model, loss, recomputed, watch)
     numbers = itertools.count(first_step)
     total = summation(grid, len(model.sums), model.sums.dtype)
     model.accumulate_in(total.vector)
     sums = model.sums
-    norms = list(model.named(BatchNorm2d).values())
     # Only these layers depend on where a share lies in the batch; without them nobody needs to ask.
-    positioned = bool(norms or model.named(Dropout))
-    for norm in norms:
-        if norm.samples is None and grid.data > 1:
-            raise ValueError(f"BatchNorm2d takes its statistics over the whole batch, which is spread over {grid.data} ranks: "
-                             f"give it samples=, a number of samples that one rank holds, or use GroupNorm")
+    positioned = bool(model.named(BatchNorm2d) or model.named(Dropout))
 
     def step(x, y):
-        start = perf_counter()
         number, first = next(numbers), 0
         if len(x) != len(y):
             raise ValueError(f"x has {len(x)} samples but y has {len(y)}")
         if positioned:
-            first = _first(grid, len(x), norms)
+            first = _first(grid, len(x), multiple)
         if model.sums is not sums:  # another step, for another loss, say, was made or used since
             model.accumulate_in(sums)
         sums[:] = 0
-        if len(x):
-            value = loss(model(x, Step(number, first)), y)
-            if not isinstance(value, Tensor):
-                raise TypeError(f"the loss depends on no parameter of the model: {value!r} is a plain number; a model must "
-                                f"hand `training` on to its layers")
-            value.backward()
-            sums[-2] = value.value
-        sums[-1] = len(x)
+        parts = [share(len(x), m, microbatches, multiple) for m in range(microbatches)]
+        actions = mine
+        if parts[0][1] == 0 or len(x) < microbatches * multiple:  # some are empty, and left out by all stages alike
+            actions = [a for a in mine if parts[a.microbatch][0] < parts[a.microbatch][1]]
+        local = interpreter.run(actions, x, y, parts, number, first)
+        sums[-2:] = local, len(x)
         ready = perf_counter()
-        local = float(sums[-2])
         total()
         if watch:
-            watch.record(ready - start, perf_counter() - ready)
+            watch.all_reduce(number, ready, perf_counter())
         mean, count = float(sums[-2]), float(sums[-1])
         check = k.scale(model.gradient, sums.dtype.type(1 / count)) if count else math.nan
-        if not math.isfinite(mean + check):
+        finite = math.isfinite(mean + check)
+        if grid.pipe > 1:
+            mean, bad = _over_stages(grid, mean, 0.0 if finite else 1.0)
+            finite = not bad
+        if not finite:
             _explain(grid, model, number, x, y, local, mean, count)
         return mean / count
 
     return step
 
 
-def _first(grid, samples, norms):
-    """Number of the first sample of this rank's share in the global batch, which must suit the normalisations."""
+def _same_weights(model, grid):
+    """Make sure that the replicas of each stage hold the same weights."""
+    mine = hashlib.blake2b(model.vector.tobytes(), digest_size=8).hexdigest()
+    texts = grid.texts(mine)
+    odd = [rank for rank, text in enumerate(texts) if text != texts[rank - rank % grid.data]]
+    if odd:
+        raise RankError(f"the weights must be the same on all replicas of a stage, but rank {odd[0]} has others than rank "
+                        f"{odd[0] - odd[0] % grid.data}: place with one seed on all ranks, and load the same files", odd)
+
+
+def _over_stages(grid, *values):
+    """The sums of numbers over the stages."""
+    values = np.array(values)
+    grid.stages.Allreduce(MPI.IN_PLACE, values, MPI.SUM)
+    return values.tolist()
+
+
+def _first(grid, samples, multiple):
+    """Number of the first sample of this replica's share in the global batch, which must suit the normalisations."""
     sizes = np.empty(grid.data, np.int64)
-    grid.comm.Allgather(np.array([samples], np.int64), sizes)
+    grid.replicas.Allgather(np.array([samples], np.int64), sizes)
     starts = np.cumsum(sizes) - sizes
-    for norm in norms:
-        odd = np.flatnonzero(starts % (norm.samples or 1) * sizes).tolist()
-        if odd:
-            raise RankError(f"rank {odd[0]}'s share starts at sample {starts[odd[0]]} of the batch, which is not a multiple "
-                            f"of BatchNorm2d's samples={norm.samples}: use batches(..., multiple={norm.samples})", odd)
+    odd = np.flatnonzero(starts % multiple * sizes).tolist()
+    if odd:
+        ranks = [replica + grid.data * grid.stage for replica in odd]
+        raise RankError(f"rank {ranks[0]}'s share starts at sample {starts[odd[0]]} of the batch, which is not a multiple "
+                        f"of BatchNorm2d's samples={multiple}: use batches(..., multiple={multiple})", ranks)
     return int(starts[grid.replica])
 
 
@@ -107,10 +156,11 @@ def _explain(grid, model, number, x, y, local, total, count):
     # Every rank has seen the same reduced sums, so all come here or none.
     if not count:
         raise RankError(f"the batch of step {number} is empty on all {grid.size} ranks", list(range(grid.size)))
-    if math.isfinite(total) and np.isfinite(model.gradient).all():
+    if grid.all(math.isfinite(total) and np.isfinite(model.gradient).all()):
         return  # only the check itself overflowed
     problem = ""
-    for name, array in ("input", x), ("target", y):
+    held = [("input", x)] * (0 in model.chunks) + [("target", y)] * (len(model.bounds) - 1 in model.chunks)
+    for name, array in held:
         array = np.asarray(array)
         if array.dtype.kind == "f" and not np.isfinite(array).all():
             bad = ~np.isfinite(array)
@@ -123,6 +173,8 @@ def _explain(grid, model, number, x, y, local, total, count):
     problems = grid.texts(problem)
     model.sums[:] = 0
     ranks = [rank for rank, text in enumerate(problems) if text]
+    if any("values" in problems[rank] for rank in ranks):
+        ranks = [rank for rank in ranks if "values" in problems[rank]]  # a loss that follows from them is no news
     said = "; ".join(f"rank {rank}: {problems[rank]}" for rank in ranks[:5]) or "all inputs and losses are finite"
     fix = ("clean the data" if any("values" in text for text in problems) else
            "training diverges: lower the learning rate, or clip the gradient's norm")

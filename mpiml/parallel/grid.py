@@ -19,14 +19,17 @@ class RankError(RuntimeError):
 
 
 class Grid:
-    """All ranks of a communicator, side by side: data parallelism.
+    """All ranks of a communicator as a grid of data x pipe: replicas of the model, each cut into stages.
 
-    The library speaks on duplicates of the communicator, never on the caller's own.
+    The ranks that hold the same stage, which sum their gradients, are neighbours: rank = replica + data * stage. The
+    library speaks on duplicates of the communicator, never on the caller's own.
 
     Parameters
     ----------
     data : int, optional
-        Number of replicas of the model; all ranks by default.
+        Number of replicas of the model; by default as many as there are ranks for.
+    pipe : int
+        Number of stages that a model is cut into; 1 is data parallelism.
     comm : mpi4py.MPI.Comm, optional
         ``MPI.COMM_WORLD`` by default.
 
@@ -36,30 +39,33 @@ class Grid:
         This rank and the number of ranks.
     replica, data : int
         This rank's replica of the model and the number of replicas.
+    stage, pipe : int
+        This rank's stage of the pipeline and the number of stages.
 
     Raises
     ------
     ValueError
-        The grid does not fit the number of processes.
+        The grid does not fit the number of processes; the message lists those that do.
     RuntimeError
         The launcher belongs to another MPI than the one that was loaded: every process would train alone.
     """
 
-    def __init__(self, data=None, comm=None):
+    def __init__(self, data=None, pipe=1, comm=None):
         if comm is None:
             comm = MPI.COMM_WORLD
             _check_launcher(comm.size)
-        if data is not None and data != comm.size:
-            raise ValueError(f"a grid of data={data} needs {data} processes, but there are {comm.size}: start it with "
-                             f"mpirun -n {data}, or use Grid() for as many as there are")
+        self.data, self.pipe = _factors(data, pipe, comm.size)
         self.comm = comm.Dup()
+        self.rank, self.size = comm.rank, comm.size
+        self.stage, self.replica = divmod(self.rank, self.data)
         self.node = self.comm.Split_type(MPI.COMM_TYPE_SHARED)
-        self.across = self.comm.Split(self.node.rank)  # the ranks of this one's number on all nodes
-        self.rank = self.replica = self.comm.rank
-        self.size = self.data = self.comm.size
+        self.stages = self.comm.Split(self.replica)  # the stages of this replica, in their order
+        self.replicas = self.comm.Split(self.stage)  # the replicas of this stage
+        self.near = self.replicas.Split_type(MPI.COMM_TYPE_SHARED)  # those on this node
+        self.across = self.replicas.Split(self.near.rank)  # one of each node
 
     def __repr__(self):
-        return f"Grid(data={self.data}), rank {self.rank} of {self.size}"
+        return f"Grid(data={self.data}, pipe={self.pipe}), rank {self.rank} of {self.size}"
 
     def texts(self, text):
         """Every rank's ``text``, on every rank; for start-up and errors, not for the training loop."""
@@ -125,6 +131,22 @@ class Grid:
         buffer = text.copy() if self.node.rank == 0 else np.empty(length[0], np.uint8)
         self.node.Bcast(buffer)
         return json.loads(buffer.tobytes())
+
+
+def _factors(data, pipe, size):
+    """(data, pipe), checked against the number of processes."""
+    for name, value in ("data", 1 if data is None else data), ("pipe", pipe):
+        if not isinstance(value, (int, np.integer)) or value < 1:
+            raise ValueError(f"{name} is a whole number above 0, not {value!r}")
+    if data is None and size % pipe == 0:
+        data = size // pipe
+    if data is None or data * pipe != size:
+        fit = ", ".join(f"{size // p}x{p}" for p in range(1, size + 1) if size % p == 0)
+        asked = (f"a grid of data={data} x pipe={pipe} needs {data * pipe}" if data else
+                 f"a grid of pipe={pipe} needs a multiple of {pipe}")
+        start = f"start it with mpirun -n {data * pipe}, or " if data else ""
+        raise ValueError(f"{asked} processes, but there are {size}: {start}choose data x pipe among {fit}")
+    return int(data), int(pipe)
 
 
 def _list(ranks):

@@ -18,7 +18,7 @@ from mpi4py import MPI
 from numba import types
 from numba.extending import intrinsic
 
-from mpiml.cores import cores_of_node
+from mpiml.cores import cores_of_node, ranks_on_node
 from mpiml.data.batches import share
 from mpiml.kernels.jit import kernel
 
@@ -115,7 +115,7 @@ class SharedSum:
         line = 64 // dtype.itemsize
         self._slice = tuple(min(line * bound, size) for bound in share(-(-size // line), node.rank, node.size))
         self._ranks, self._across = node.size, across
-        self._spins = 100 if node.size > cores_of_node() else 20000
+        self._spins = 100 if ranks_on_node() > cores_of_node() else 20000
         self._timeout = np.array([0, int(_PATIENCE * 1e9)], np.int64)
         self._call = _FUTEX[os.uname().machine]
         self._summing = False

@@ -1,0 +1,54 @@
+"""``python -m mpiml``: what mpiml can do without a program of yours."""
+
+import argparse
+import functools
+import sys
+
+from mpiml.schedule import SCHEDULES, picture, simulate, text
+
+
+def draw(args):
+    """The timeline of a pipeline schedule, as text and, with --out, as a picture."""
+    schedule = SCHEDULES[args.schedule]
+    if args.chunks is not None:
+        if args.schedule != "interleaved":
+            raise ValueError(f"--chunks belongs to the interleaved schedule, not to {args.schedule}")
+        schedule = functools.partial(schedule, chunks=args.chunks)
+    timeline = simulate(schedule, args.stages, args.microbatches, args.forward, args.backward, args.weight, args.message)
+    title = f"{args.schedule}, {args.stages} stages, {args.microbatches} micro-batches"
+    print(text(timeline))
+    print(f"{title}: makespan {timeline.makespan:g}, bubble {timeline.bubble:.1%}, "
+          f"micro-batches alive at most {', '.join(map(str, timeline.peak))}")
+    if args.out:
+        picture({title: timeline}, args.out)
+
+
+def whole(text):
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"a whole number above 0, not {text}")
+    return number
+
+
+def main():
+    parser = argparse.ArgumentParser(prog="python -m mpiml", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    command = commands.add_parser("draw", help=draw.__doc__, description=draw.__doc__)
+    command.add_argument("schedule", choices=SCHEDULES, metavar="SCHEDULE", help=", ".join(SCHEDULES))
+    command.add_argument("stages", type=whole, metavar="STAGES")
+    command.add_argument("microbatches", type=whole, metavar="MICROBATCHES")
+    command.add_argument("--chunks", type=whole, help="chunks of the model on each stage (interleaved; default 2)")
+    for name, what in ("forward", "a forward pass F"), ("backward", "the input's gradient B"), ("weight", "the weights' W"):
+        command.add_argument(f"--{name}", type=float, default=1.0, metavar="TIME", help=f"time of {what} (default 1)")
+    command.add_argument("--message", type=float, default=0.0, metavar="TIME", help="time of a message (default 0)")
+    command.add_argument("--out", metavar="FILE", help="also write a picture: .svg, .png or .pdf")
+    command.set_defaults(run=draw)
+    args = parser.parse_args()
+    try:
+        args.run(args)
+    except (ValueError, ImportError, OSError) as error:
+        sys.exit(f"mpiml: {error}")
+
+
+if __name__ == "__main__":
+    main()

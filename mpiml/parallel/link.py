@@ -1,0 +1,145 @@
+"""Messages between the chunks of one pipeline.
+
+A chunk sends its output on to the next chunk, and the gradient for its input back to the one before. Sends and
+receives are non-blocking, so no order of them can deadlock. Nobody declares shapes: a receive is posted for the
+shape and dtype that the same message had the last time; if that has changed, a header comes in its place, which
+is told by its length, and the array after it.
+"""
+
+from collections import defaultdict, deque
+
+import numpy as np
+from mpi4py import MPI
+
+_HEADER = 101  # bytes: an odd number, so no array of floats has this length
+
+
+class Link:
+    """The messages of one rank to and from the other stages of its replica.
+
+    Parameters
+    ----------
+    grid : mpiml.parallel.Grid
+    owner : list of int
+        For every chunk of the model the stage that holds it.
+    """
+
+    def __init__(self, grid, owner):
+        self._comm, self._stage, self._owner = grid.stages, grid.stage, owner
+        limit = (self._comm.Get_attr(MPI.TAG_UB) or 32767) // (2 * len(owner))
+        self._slots = limit
+        self._told, self._heard = {}, {}  # message: the dtype and shape it had last
+        self._here = defaultdict(deque)  # what one chunk of this rank handed to another
+        self._sent = []  # (request, array) of sends that may not be through
+        self._posted = {}  # message: (request, buffer)
+        self._free = []  # buffers
+
+    def remote(self, message):
+        """Whether a message comes from another rank."""
+        kind, _, chunk = message
+        return self._owner[chunk - 1 if kind == "F" else chunk + 1] != self._stage
+
+    def _tag(self, message):
+        kind, microbatch, chunk = message
+        return (microbatch % self._slots * len(self._owner) + chunk) * 2 + (kind == "B")
+
+    def deliver(self, message, array, matched=False):
+        """Send an array on its way; it must not change any more.
+
+        Parameters
+        ----------
+        message : (kind, microbatch, chunk)
+            The computation that waits for it, such as ("F", 3, 1).
+        array : array
+        matched : bool
+            Wait until earlier messages were received, so that a fast stage cannot run away from a slow one.
+        """
+        to = self._owner[message[2]]
+        if to == self._stage:
+            self._here[message].append(array)
+            return
+        array = np.ascontiguousarray(array)
+        form = array.dtype.str, array.shape
+        if matched:
+            self.finish()
+        self._sent = [(request, kept) for request, kept in self._sent if not request.Test()]
+        if self._told.get(message) != form or array.nbytes == _HEADER:
+            self._told[message] = form
+            header = _pack(*form)
+            self._sent.append((self._comm.Isend([header, MPI.BYTE], to, self._tag(message)), header))
+        start = self._comm.Issend if matched else self._comm.Isend
+        self._sent.append((start([array, MPI.BYTE], to, self._tag(message)), array))
+
+    def post(self, message):
+        """Start to receive what will come, so that it can arrive while this rank computes."""
+        form = self._heard.get(message)
+        buffer = self._take(_bytes(*form) if form else _HEADER)
+        kind, _, chunk = message
+        source = self._owner[chunk - 1 if kind == "F" else chunk + 1]
+        self._posted[message] = self._comm.Irecv([buffer, MPI.BYTE], source, self._tag(message)), buffer
+
+    def receive(self, message):
+        """Wait for an array.
+
+        Returns
+        -------
+        array, buffer
+            The buffer is the array's memory: give it back by :meth:`release` when nobody needs the array any more.
+        """
+        if not self.remote(message):
+            return self._here[message].popleft(), None
+        if message not in self._posted:
+            self.post(message)
+        request, buffer = self._posted.pop(message)
+        status = MPI.Status()
+        request.Wait(status)
+        length = status.Get_count(MPI.BYTE)
+        form = self._heard.get(message)
+        if length == _HEADER:
+            form = self._heard[message] = _unpack(buffer)
+            self.release(buffer)
+            buffer = self._take(_bytes(*form))
+            self._comm.Recv([buffer, MPI.BYTE], status.Get_source(), status.Get_tag(), status)
+            length = status.Get_count(MPI.BYTE)
+        if length != _bytes(*form):
+            raise RuntimeError(f"stage {self._stage} expected {_bytes(*form)} bytes for {message} but got {length}: the stages "
+                               f"are no longer in step")
+        dtype, shape = form
+        return buffer[:length].view(dtype).reshape(shape), buffer
+
+    def release(self, buffer):
+        """Take back a buffer for other messages."""
+        if buffer is not None:
+            self._free.append(buffer)
+
+    def _take(self, size):
+        for i, buffer in enumerate(self._free):
+            if size <= len(buffer) <= max(2 * size, 2 * _HEADER):
+                return self._free.pop(i)
+        self._free.clear()  # of another size, such as a smaller last batch's
+        return np.empty(max(size, _HEADER), np.uint8)
+
+    def finish(self):
+        """Wait until all sends are through."""
+        for request, _ in self._sent:
+            request.Wait()
+        self._sent.clear()
+
+
+def _bytes(dtype, shape):
+    return int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
+
+
+def _pack(dtype, shape):
+    if len(shape) > 11 or len(dtype) > 4:
+        raise ValueError(f"a chunk's output of shape {shape} and dtype {dtype} cannot be sent: at most 11 axes, of numbers")
+    header = np.zeros(_HEADER, np.uint8)
+    header[:len(dtype)] = np.frombuffer(dtype.encode(), np.uint8)
+    header[8] = len(shape)
+    header[9:9 + 8 * len(shape)] = np.array(shape, "<i8").view(np.uint8)
+    return header
+
+
+def _unpack(header):
+    count = int(header[8])
+    return header[:8].tobytes().rstrip(b"\0").decode(), tuple(header[9:9 + 8 * count].copy().view("<i8").tolist())

@@ -1,0 +1,96 @@
+"""The outputs of a model, computed by all ranks."""
+
+import json
+
+import numpy as np
+
+from mpiml.data.batches import share
+
+from .place import Part
+
+
+def predict(model, x, grid, size=256, transform=None):
+    """``model(x)`` on every rank; to be called on all ranks together.
+
+    x is cut into runs of ``size`` samples. Each replica takes a part of the runs and streams them through its stages;
+    nothing is taped.
+
+    Parameters
+    ----------
+    model : Part, or function of an array
+        What :func:`mpiml.parallel.place` returned; or a function that each rank has.
+    x : array (n, ...), the same on all ranks
+    grid : mpiml.parallel.Grid
+    size : int
+        Samples that pass through a stage together.
+    transform : function of an array, optional
+        Applied to each run of x.
+
+    Returns
+    -------
+    array (n, ...)
+        In the order of x.
+
+    Raises
+    ------
+    ValueError
+        There are no samples, or the outputs cannot be joined.
+    mpiml.parallel.RankError
+        The ranks disagree on the number of samples.
+    """
+    runs = runs_of(x, grid, size)
+    mine = [np.ascontiguousarray(output) for _, output in stream(model, x, grid, runs, transform)]
+    forms = grid.texts(json.dumps([mine[0].dtype.str, mine[0].shape[1:], sum(map(len, mine))] if mine else None))
+    forms = [json.loads(form) for form in forms]
+    (dtype, shape), *others = {(form[0], tuple(form[1])) for form in forms if form}
+    rows = [form[2] if form else 0 for form in forms]
+    if others or sum(rows) != len(x):
+        raise ValueError(f"predict joins outputs of one dtype and shape, one for each sample: {len(x)} samples gave "
+                         f"{sum(rows)} outputs of {sorted({(dtype, shape), *others})}")
+    everything = np.empty((sum(rows), *shape), dtype)
+    mine = np.concatenate(mine) if mine else np.empty((0, *shape), dtype)
+    row = int(np.prod(shape, dtype=np.int64)) * everything.itemsize
+    # The ranks that hold the last chunk follow each other in the order of their replicas, which is that of x.
+    grid.comm.Allgatherv(mine.reshape(-1).view(np.uint8), [everything.reshape(-1).view(np.uint8), [n * row for n in rows]])
+    return everything
+
+
+def runs_of(x, grid, size):
+    """The runs of samples of this replica, as (start, stop)."""
+    if len(x) == 0:
+        raise ValueError("there are no samples to compute: x has length 0")
+    if not isinstance(size, (int, np.integer)) or size < 1:
+        raise ValueError(f"size is a number of samples, a whole number above 0, not {size!r}")
+    grid.same("the number of samples and the size of a run", (len(x), int(size)))
+    count = -(-len(x) // size)
+    return [(run * size, min(len(x), (run + 1) * size)) for run in range(*share(count, grid.replica, grid.data))]
+
+
+def stream(model, x, grid, runs, transform=None):
+    """Yield (run, output) for the runs of this replica, on the rank that holds the last chunk; nothing on the others.
+
+    Every rank of the replica must take all that is yielded.
+    """
+    def inputs(run):
+        part = x[slice(*run)]
+        return transform(part) if transform else part
+
+    if not isinstance(model, Part):
+        if grid.stage == 0:
+            yield from ((run, model(inputs(run))) for run in runs)
+        return
+    link, last = model.link, len(model.bounds) - 1
+    # Several chunks on a rank take turns, as many runs at a time as there are stages, so that none waits for long.
+    for group in range(0, len(runs), grid.pipe):
+        for number, chunk in model.chunks.items():
+            for run in runs[group:group + grid.pipe]:
+                array, buffer = link.receive(("F", 0, number)) if number else (inputs(run), None)
+                output = chunk(array)
+                if number == last:
+                    # What it has of the message's memory would change with the next message.
+                    yield run, output if buffer is None or not np.may_share_memory(output, buffer) else output.copy()
+                else:
+                    link.deliver(("F", 0, number + 1), output, matched=True)
+                    link.finish() if buffer is not None and np.may_share_memory(output, buffer) else None
+                link.release(buffer)
+    link.finish()
