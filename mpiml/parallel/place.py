@@ -144,7 +144,8 @@ def place(model, grid, seed=0, dtype=np.float32, schedule=one_f_one_b, cuts=None
     bounds = [(0, 1)]
     if len(owner) > 1:
         bounds = _bounds(model, owner, grid, cuts, balance, speeds)
-    grid.same("the model, its seed, dtype, schedule and cuts", (model, seed, np.dtype(dtype).name, owner, bounds))
+    grid.same("the model's seed, dtype, the stages of its chunks, and its cuts", (seed, np.dtype(dtype).name, owner, bounds))
+    grid.same("the model", model)
     return Part(model, grid, schedule, bounds, owner, balance).init(seed, dtype)
 
 
