@@ -15,18 +15,18 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import argparse
 from time import perf_counter
 
-import mpiml  # noqa: F401  (before NumPy: it shares out the cores)
 import numpy as np
 from mpi4py import MPI
 
+import mpiml  # noqa: F401  (before NumPy: it shares out the cores)
 from mpiml.nn import Conv2d, Flatten, Linear, MaxPool2d, Sequential
 from mpiml.ops import cross_entropy, relu
 from mpiml.parallel import Grid, gradient, place, profile
 from mpiml.schedule import SCHEDULES, simulate
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("--width", type=int, default=1024)
-parser.add_argument("--microbatch", type=int, default=128, help="samples in a micro-batch of the MLP (default %(default)s)")
+parser.add_argument("--width", type=int, default=512)
+parser.add_argument("--microbatch", type=int, default=512, help="samples in a micro-batch of the MLP (default %(default)s)")
 parser.add_argument("--rounds", type=int, default=15)
 parser.add_argument("--schedule", choices=SCHEDULES, default="one_f_one_b")
 args = parser.parse_args()

@@ -141,7 +141,7 @@ def place(model, grid, seed=0, dtype=np.float32, schedule=one_f_one_b, cuts=None
         The model is no Sequential, and the grid has several stages.
     """
     owner = check(orders(schedule, grid.pipe, 1), 1)
-    bounds = [(0, 1)]
+    bounds = [(0, len(model) if isinstance(model, Sequential) else 1)]
     if len(owner) > 1:
         bounds = _bounds(model, owner, grid, cuts, balance, speeds)
     grid.same("the model's seed, dtype, the stages of its chunks, and its cuts", (seed, np.dtype(dtype).name, owner, bounds))
