@@ -49,7 +49,7 @@ steps = args.epochs * len(batches(x, y, args.batch, grid=grid))
 model = place({"mlp": mlp, "cnn": cnn}[args.model](*x.shape[2:]), grid, args.seed, args.dtype)
 optimizer = Adam(model, lr=cosine(args.lr, steps))
 watch = Watch()
-step = gradient(model, cross_entropy, grid, watch)
+step = gradient(model, cross_entropy, grid, watch=watch)
 
 
 def prepare(images):

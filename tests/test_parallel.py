@@ -251,9 +251,11 @@ def test_ranks_that_differ_are_told_so():
 def test_weights_and_data_that_differ_are_refused():
     x, y = problem(mlp, 10)
     if GRID.size > 1:
-        with pytest.raises(RankError, match="the weights must be the same on all ranks"):
-            gradient(mlp().init(seed=GRID.rank), cross_entropy, GRID)
-        with pytest.raises(RankError, match="the number of samples and the size of a chunk"):
+        net = place(mlp(), GRID)
+        net.vector[0] += GRID.rank == 1
+        with pytest.raises(RankError, match="the weights must be the same on all replicas of a stage, but rank 1 has others"):
+            gradient(net, cross_entropy, GRID)
+        with pytest.raises(RankError, match="the number of samples and the size of a run"):
             evaluate(mlp().init(dtype=np.float64), x[GRID.rank:], y[GRID.rank:], {"loss": cross_entropy}, GRID)
     with pytest.raises(RuntimeError, match=r"call place\(model, grid\) before gradient"):
         gradient(mlp(), cross_entropy, GRID)

@@ -241,7 +241,7 @@ def test_memory_for_live_micro_batches_is_what_the_simulation_says():
 def test_recomputation_frees_the_activations():
     def peak(recompute):
         net = place(Sequential(*[Linear(64, 64) for _ in range(4 * RANKS)]), grid_of(RANKS), schedule=gpipe)
-        step = gradient(net, mse_loss, grid_of(RANKS), 8, recompute)
+        step = gradient(net, mse_loss, grid_of(RANKS), 8, recompute=recompute)
         x = np.ones((4096, 64), np.float32)
         step(x, x)
         tracemalloc.start()

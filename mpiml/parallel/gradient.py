@@ -19,7 +19,7 @@ from .place import Part
 from .sum import summation
 
 
-def gradient(model, loss, grid, microbatches=None, recompute=False, watch=None, first_step=0):
+def gradient(model, loss, grid, microbatches=None, *, recompute=False, watch=None, first_step=0):
     """A function ``step(x, y)`` that leaves the gradient of the global mean loss in ``model.gradient``.
 
     Each replica cuts its share of the batch into micro-batches, and its stages run the model's schedule: the *sum* of

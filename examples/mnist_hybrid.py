@@ -1,0 +1,102 @@
+"""Training on MNIST with the model cut into stages: a pipeline, or several of them side by side.
+
+    mpirun -n 4 python examples/mnist_hybrid.py                       # 4 stages
+    mpirun -n 8 python examples/mnist_hybrid.py --pipe 4              # 2 replicas of 4 stages
+    mpirun -n 2 python examples/mnist_hybrid.py --model cnn --schedule zb_h1 --draw timeline.svg --trace trace.json
+"""
+
+import argparse
+import math
+from pathlib import Path
+from time import perf_counter
+
+from mpiml.data import batches, mnist, pixels
+from mpiml.metrics import correct
+from mpiml.nn import Conv2d, Flatten, Linear, MaxPool2d, Sequential
+from mpiml.ops import cross_entropy, relu
+from mpiml.optim import Adam, cosine
+from mpiml.parallel import Grid, Watch, evaluate, gradient, place, profile, progress
+from mpiml.schedule import SCHEDULES
+
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("--pipe", type=int, help="stages (default: 4, 2 or 1, what the number of ranks is a multiple of)")
+parser.add_argument("--microbatches", type=int, help="in each replica's share of a batch (default: 2 for each stage)")
+parser.add_argument("--schedule", choices=SCHEDULES, default="one_f_one_b")
+parser.add_argument("--model", choices=["mlp", "cnn"], default="mlp")
+parser.add_argument("--epochs", type=int, default=5)
+parser.add_argument("--batch", type=int, default=128, help="samples per step, over all ranks (default %(default)s)")
+parser.add_argument("--lr", type=float, default=2e-3, help="first learning rate (default %(default)s)")
+parser.add_argument("--data", metavar="FOLDER", help="with the MNIST IDX files; default: $MPIML_DATA, cache, download")
+parser.add_argument("--seed", type=int, default=0)
+parser.add_argument("--dtype", choices=["float32", "float64"], default="float32")
+parser.add_argument("--draw", metavar="FILE", help="write a picture of a step, simulated and measured (.svg, .png)")
+parser.add_argument("--trace", metavar="FILE", help="write what all ranks did, for ui.perfetto.dev")
+parser.add_argument("--save", metavar="FILE", help="write the weights to this safetensors file at the end")
+args = parser.parse_args()
+if args.epochs < 1:
+    parser.error(f"--epochs must be 1 at least, not {args.epochs}")
+for file in args.draw, args.trace, args.save:
+    if file and not Path(file).absolute().parent.is_dir():
+        parser.error(f"{file}: there is no such folder")
+
+
+def mlp(height, width):
+    return Sequential(Flatten(), Linear(height * width, 128), relu, Linear(128, 64), relu, Linear(64, 10))
+
+
+def cnn(height, width):
+    return Sequential(
+        Conv2d(1, 16, 3, padding=1), relu, MaxPool2d(2),
+        Conv2d(16, 32, 3, padding=1), relu, MaxPool2d(2),
+        Flatten(), Linear(32 * (height // 4) * (width // 4), 64), relu, Linear(64, 10))
+
+
+def prepare(images):
+    return pixels(images).astype(args.dtype, copy=False)
+
+
+def say(text):
+    if grid.rank == 0:
+        print(text, flush=True)
+
+
+grid = Grid(pipe=args.pipe or math.gcd(4, Grid().size))
+(x, y), (x_test, y_test) = mnist(args.data, grid)
+model = {"mlp": mlp, "cnn": cnn}[args.model](*x.shape[2:])
+microbatches = args.microbatches or (2 * grid.pipe if grid.pipe > 1 else 1)
+
+sample = slice(max(1, args.batch // (grid.data * microbatches)))
+costs = profile(model, prepare(x[sample]), grid, cross_entropy, y[sample], dtype=args.dtype)
+model = place(model, grid, args.seed, args.dtype, SCHEDULES[args.schedule], balance=costs)
+say(f"{len(x)} digits, {args.model}, batch {args.batch}: {grid.data} replicas of {grid.pipe} stages, {microbatches} "
+    f"micro-batches, {args.schedule}\n{model.report()}")
+
+steps = args.epochs * len(batches(x, y, args.batch, grid=grid))
+optimizer = Adam(model, lr=cosine(args.lr, steps))
+watch = Watch()
+step = gradient(model, cross_entropy, grid, microbatches, watch=watch)
+step(prepare(x[:grid.size]), y[:grid.size])  # loads or compiles the kernels, which is not training's time
+watch.restart()
+training = 0.0
+for epoch in range(args.epochs):
+    start = perf_counter()
+    total = 0.0
+    share = batches(x, y, args.batch, epoch=epoch, seed=args.seed, grid=grid, transform=prepare)
+    for images, labels in progress(share, grid, f"epoch {epoch + 1}"):
+        total += step(images, labels)
+        optimizer.step()
+    seconds = perf_counter() - start
+    training += seconds
+    test = evaluate(model, x_test, y_test, {"loss": cross_entropy, "accuracy": correct}, grid, transform=prepare)
+    say(f"epoch {epoch + 1}: loss {total / len(share):.6f}, test loss {test['loss']:.4f}, "
+        f"test accuracy {test['accuracy']:.4f}, {len(x) / seconds:,.0f} samples/s")
+
+times = watch.report(grid)
+timelines = watch.draw(grid, model.schedule, args.draw)
+if args.trace:
+    watch.trace(grid, args.trace)
+weights = model.collect()
+if args.save and grid.rank == 0:
+    from mpiml.save import save
+    save(weights, args.save)
+say(f"{timelines}\naccuracy {test['accuracy']:.4f}, {args.epochs * len(x) / training:,.0f} samples/s\n{times}")
