@@ -6,11 +6,13 @@ shape and dtype that the same message had the last time; if that has changed, a 
 is told by its length, and the array after it.
 """
 
+import math
 from collections import defaultdict, deque
 
 import numpy as np
 from mpi4py import MPI
 
+_SIZES = 16  # kept in memory; more are those of batches gone by
 _HEADER = 101  # bytes: an odd number, so no array of floats has this length
 
 
@@ -26,18 +28,22 @@ class Link:
 
     def __init__(self, grid, owner):
         self._comm, self._stage, self._owner = grid.stages, grid.stage, owner
-        limit = (self._comm.Get_attr(MPI.TAG_UB) or 32767) // (2 * len(owner))
-        self._slots = limit
+        self._slots = (self._comm.Get_attr(MPI.TAG_UB) or 32767) // (2 * len(owner))
         self._told, self._heard = {}, {}  # message: the dtype and shape it had last
         self._here = defaultdict(deque)  # what one chunk of this rank handed to another
         self._sent = []  # (request, array) of sends that may not be through
         self._posted = {}  # message: (request, buffer)
-        self._free = []  # buffers
+        self._free = defaultdict(list)  # size: buffers
+        self._status = MPI.Status()
+
+    def source(self, message):
+        """The stage that a message comes from."""
+        kind, _, chunk = message
+        return self._owner[chunk - 1 if kind == "F" else chunk + 1]
 
     def remote(self, message):
         """Whether a message comes from another rank."""
-        kind, _, chunk = message
-        return self._owner[chunk - 1 if kind == "F" else chunk + 1] != self._stage
+        return self.source(message) != self._stage
 
     def _tag(self, message):
         kind, microbatch, chunk = message
@@ -59,24 +65,23 @@ class Link:
             self._here[message].append(array)
             return
         array = np.ascontiguousarray(array)
-        form = array.dtype.str, array.shape
         if matched:
             self.finish()
-        self._sent = [(request, kept) for request, kept in self._sent if not request.Test()]
+        elif self._sent:
+            self._sent = [sent for sent in self._sent if not sent[0].Test()]
+        form, tag = (array.dtype, array.shape), self._tag(message)
         if self._told.get(message) != form or array.nbytes == _HEADER:
             self._told[message] = form
             header = _pack(*form)
-            self._sent.append((self._comm.Isend([header, MPI.BYTE], to, self._tag(message)), header))
+            self._sent.append((self._comm.Isend([header, MPI.BYTE], to, tag), header))
         start = self._comm.Issend if matched else self._comm.Isend
-        self._sent.append((start([array, MPI.BYTE], to, self._tag(message)), array))
+        self._sent.append((start([array, MPI.BYTE], to, tag), array))
 
     def post(self, message):
         """Start to receive what will come, so that it can arrive while this rank computes."""
         form = self._heard.get(message)
-        buffer = self._take(_bytes(*form) if form else _HEADER)
-        kind, _, chunk = message
-        source = self._owner[chunk - 1 if kind == "F" else chunk + 1]
-        self._posted[message] = self._comm.Irecv([buffer, MPI.BYTE], source, self._tag(message)), buffer
+        buffer = self._take(_bytes(form) if form else _HEADER)
+        self._posted[message] = self._comm.Irecv([buffer, MPI.BYTE], self.source(message), self._tag(message)), buffer
 
     def receive(self, message):
         """Wait for an array.
@@ -91,33 +96,33 @@ class Link:
         if message not in self._posted:
             self.post(message)
         request, buffer = self._posted.pop(message)
-        status = MPI.Status()
+        status, form = self._status, self._heard.get(message)
         request.Wait(status)
         length = status.Get_count(MPI.BYTE)
-        form = self._heard.get(message)
         if length == _HEADER:
             form = self._heard[message] = _unpack(buffer)
             self.release(buffer)
-            buffer = self._take(_bytes(*form))
-            self._comm.Recv([buffer, MPI.BYTE], status.Get_source(), status.Get_tag(), status)
+            buffer = self._take(_bytes(form))
+            self._comm.Recv([buffer, MPI.BYTE], self.source(message), self._tag(message), status)
             length = status.Get_count(MPI.BYTE)
-        if length != _bytes(*form):
-            raise RuntimeError(f"stage {self._stage} expected {_bytes(*form)} bytes for {message} but got {length}: the stages "
+        if length != _bytes(form):
+            raise RuntimeError(f"stage {self._stage} expected {_bytes(form)} bytes for {message} but got {length}: the stages "
                                f"are no longer in step")
         dtype, shape = form
-        return buffer[:length].view(dtype).reshape(shape), buffer
+        return np.ndarray(shape, dtype, buffer), buffer
 
     def release(self, buffer):
         """Take back a buffer for other messages."""
         if buffer is not None:
-            self._free.append(buffer)
+            self._free[len(buffer)].append(buffer)
 
     def _take(self, size):
-        for i, buffer in enumerate(self._free):
-            if size <= len(buffer) <= max(2 * size, 2 * _HEADER):
-                return self._free.pop(i)
-        self._free.clear()  # of another size, such as a smaller last batch's
-        return np.empty(max(size, _HEADER), np.uint8)
+        size = max(size, _HEADER)
+        if self._free[size]:
+            return self._free[size].pop()
+        if len(self._free) > _SIZES:
+            self._free.clear()
+        return np.empty(size, np.uint8)
 
     def finish(self):
         """Wait until all sends are through."""
@@ -126,15 +131,17 @@ class Link:
         self._sent.clear()
 
 
-def _bytes(dtype, shape):
-    return int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
+def _bytes(form):
+    dtype, shape = form
+    return math.prod(shape) * dtype.itemsize
 
 
 def _pack(dtype, shape):
-    if len(shape) > 11 or len(dtype) > 4:
+    code = dtype.str.encode()
+    if len(shape) > 11 or len(code) > 8:
         raise ValueError(f"a chunk's output of shape {shape} and dtype {dtype} cannot be sent: at most 11 axes, of numbers")
     header = np.zeros(_HEADER, np.uint8)
-    header[:len(dtype)] = np.frombuffer(dtype.encode(), np.uint8)
+    header[:len(code)] = np.frombuffer(code, np.uint8)
     header[8] = len(shape)
     header[9:9 + 8 * len(shape)] = np.array(shape, "<i8").view(np.uint8)
     return header
@@ -142,4 +149,5 @@ def _pack(dtype, shape):
 
 def _unpack(header):
     count = int(header[8])
-    return header[:8].tobytes().rstrip(b"\0").decode(), tuple(header[9:9 + 8 * count].copy().view("<i8").tolist())
+    dtype = np.dtype(header[:8].tobytes().rstrip(b"\0").decode())
+    return dtype, tuple(header[9:9 + 8 * count].copy().view("<i8").tolist())

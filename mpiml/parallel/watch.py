@@ -139,7 +139,7 @@ class Watch:
         simulated = simulate(schedule, grid.pipe, microbatches, **costs(measured))
         both = {"simulated": simulated, "measured": measured}
         if path and grid.rank == 0:
-            picture(both, path)
+            picture(both, path, "s")
         return "\n".join(f"{name}: {1e3 * timeline.makespan:.3g} ms, bubble {timeline.bubble:.1%}\n{text(timeline, 150)}"
                          for name, timeline in both.items())
 

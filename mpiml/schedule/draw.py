@@ -48,7 +48,7 @@ def text(timeline, width=240):
     return "\n".join(lines)
 
 
-def picture(timelines, path):
+def picture(timelines, path, unit=""):
     """Write timelines, one below the other on one scale of time, as a picture.
 
     Parameters
@@ -57,6 +57,8 @@ def picture(timelines, path):
         With their titles.
     path : str
         Its ending chooses the format: .svg, .png, .pdf.
+    unit : str
+        Of the times, such as "s".
 
     Raises
     ------
@@ -67,6 +69,7 @@ def picture(timelines, path):
         from matplotlib.backends.backend_agg import FigureCanvasAgg  # no window, no state shared with the caller's plots
         from matplotlib.figure import Figure
         from matplotlib.patches import Patch
+        from matplotlib.ticker import EngFormatter
     except ImportError as error:
         raise ImportError("pictures of timelines are drawn by matplotlib: pip install 'mpiml[draw]'") from error
     stages = sum(len(timeline.spans) for timeline in timelines.values())
@@ -96,6 +99,8 @@ def picture(timelines, path):
         for side in axes.spines.values():
             side.set_visible(False)
     rows[-1].set_xlabel("time")
+    if unit:
+        rows[-1].xaxis.set_major_formatter(EngFormatter(unit))
     names = {F: "forward", B: "backward", W: "weight gradients"}
     figure.legend(handles=[Patch(color=_COLOURS[kind], label=names[kind]) for kind in names if kind in kinds],
                   loc="outside upper right", ncols=3, frameon=False, fontsize=9)
