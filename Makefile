@@ -28,6 +28,7 @@ test-%: .venv/ready
 
 bench: .venv/bench
 	env -u OPENBLAS_CORETYPE python benchmarks/mlp.py
+	env -u OPENBLAS_CORETYPE mpirun -n 2 python benchmarks/pipeline.py
 
 lint: .venv/ready
 	ruff check .

@@ -6,6 +6,7 @@ from setuptools import find_packages, setup
 
 EXAMPLES = ["pooch>=1.8", "requests>=2.28", "scikit-learn>=1.3", "tqdm>=4.65", "threadpoolctl>=3.1"]
 SAVE = ["safetensors>=0.4"]
+DRAW = ["matplotlib>=3.7"]
 
 setup(
     name="mpiml",
@@ -22,9 +23,11 @@ setup(
         "mpi": ["mpich>=4.2"],
         # safetensors files: mpiml.save.
         "save": SAVE,
+        # Pictures of timelines: python -m mpiml draw ... --out FILE.
+        "draw": DRAW,
         # Downloads, the embedded digits, the progress bar.
-        "examples": EXAMPLES + SAVE,
-        "test": ["pytest>=8", "psutil>=5.9", "ruff>=0.6"] + EXAMPLES + SAVE,
+        "examples": EXAMPLES + SAVE + DRAW,
+        "test": ["pytest>=8", "psutil>=5.9", "ruff>=0.6"] + EXAMPLES + SAVE + DRAW,
         # PyTorch is what the benchmarks measure against and, where it is there, an oracle of the tests.
         "bench": ["torch==2.13.0"],
     },

@@ -14,7 +14,7 @@ from mpiml.data import batches, mnist, pixels
 from mpiml.metrics import correct
 from mpiml.nn import Conv2d, Flatten, Linear, MaxPool2d, Sequential
 from mpiml.ops import cross_entropy, relu
-from mpiml.optim import Adam, cosine
+from mpiml.optim import SGD, cosine
 from mpiml.parallel import Grid, Watch, evaluate, gradient, place, profile, progress
 from mpiml.schedule import SCHEDULES
 
@@ -25,7 +25,7 @@ parser.add_argument("--schedule", choices=SCHEDULES, default="one_f_one_b")
 parser.add_argument("--model", choices=["mlp", "cnn"], default="mlp")
 parser.add_argument("--epochs", type=int, default=5)
 parser.add_argument("--batch", type=int, default=128, help="samples per step, over all ranks (default %(default)s)")
-parser.add_argument("--lr", type=float, default=2e-3, help="first learning rate (default %(default)s)")
+parser.add_argument("--lr", type=float, default=0.02, help="first learning rate (default %(default)s)")
 parser.add_argument("--data", metavar="FOLDER", help="with the MNIST IDX files; default: $MPIML_DATA, cache, download")
 parser.add_argument("--seed", type=int, default=0)
 parser.add_argument("--dtype", choices=["float32", "float64"], default="float32")
@@ -68,11 +68,13 @@ microbatches = args.microbatches or (2 * grid.pipe if grid.pipe > 1 else 1)
 sample = slice(max(1, args.batch // (grid.data * microbatches)))
 costs = profile(model, prepare(x[sample]), grid, cross_entropy, y[sample], dtype=args.dtype)
 model = place(model, grid, args.seed, args.dtype, SCHEDULES[args.schedule], balance=costs)
-say(f"{len(x)} digits, {args.model}, batch {args.batch}: {grid.data} replicas of {grid.pipe} stages, {microbatches} "
+say(f"{len(x)} digits, {args.model}, batch {args.batch}, {grid.data} x {grid.pipe} ranks (data x pipe), {microbatches} "
     f"micro-batches, {args.schedule}\n{model.report()}")
 
 steps = args.epochs * len(batches(x, y, args.batch, grid=grid))
-optimizer = Adam(model, lr=cosine(args.lr, steps))
+# Not Adam, which makes steps of full size out of gradients that are nothing but rounding errors: with SGD the weights of
+# different grids can be compared.
+optimizer = SGD(model, lr=cosine(args.lr, steps), momentum=0.9)
 watch = Watch()
 step = gradient(model, cross_entropy, grid, microbatches, watch=watch)
 step(prepare(x[:grid.size]), y[:grid.size])  # loads or compiles the kernels, which is not training's time

@@ -10,13 +10,33 @@ from mpiml.data import mnist
 from mpiml.nn import Linear, Sequential
 from mpiml.ops import cross_entropy
 from mpiml.parallel import Grid, gradient, place
+from mpiml.tensor import op
+
+trap = None
+
+
+def sprung(g):
+    if trap == "backward":
+        raise LookupError("this stage cannot go back")
+    return g
+
+
+@op
+def trapped(x):
+    if trap == "forward":
+        raise LookupError("this stage cannot go on")
+    return x + 0, (sprung,)
 
 
 def main(fault, folder=None):
+    global trap
+    pipeline = fault in ("forward", "backward")
     grid = Grid()
+    grid = Grid(pipe=grid.size) if pipeline else grid
     culprit = grid.size // 2 - 1  # rank 3 of 8
-    model = place(Sequential(Linear(5, 10)), grid)
-    step = gradient(model, cross_entropy, grid)
+    layers = [Sequential(Linear(5, 5), trapped) for _ in range(grid.pipe - 1)]
+    model = place(Sequential(*layers, Linear(5, 10)), grid)
+    step = gradient(model, cross_entropy, grid, 4 if pipeline else 1)
     x, y = np.ones((4, 5), np.float32), np.zeros(4, int)
     for _ in range(20):
         step(x, y)
@@ -46,6 +66,8 @@ def main(fault, folder=None):
             x[3, 1] = np.nan
         if fault == "shape":
             x = x[:, :4]
+        if pipeline:
+            trap = fault
         if fault == "dtype":
             x = x.astype(np.float64)
     while True:

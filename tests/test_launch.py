@@ -9,15 +9,18 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from launch import ROOT, environment, launcher, mpirun
+from safetensors.numpy import load_file
 
 pytestmark = pytest.mark.launch
 
 
-@pytest.mark.parametrize("ranks", [2, 3, 4, 8])
-def test_the_parallel_suite(ranks):
-    run = mpirun(ranks, "-m", "pytest", "-q", "tests/test_parallel.py", timeout=240)
+@pytest.mark.parametrize("suite", ["parallel", "pipeline"])
+@pytest.mark.parametrize("ranks", [2, 3, 4, 6, 8])
+def test_the_parallel_suites(ranks, suite):
+    run = mpirun(ranks, "-m", "pytest", "-q", f"tests/test_{suite}.py", timeout=400)
     assert run.code == 0, run.out + run.err
     assert len(re.findall(r"\d+ passed", run.out)) == 1  # the other ranks are silent
 
@@ -30,6 +33,8 @@ FAULTS = {
     "nan": r"RankError: the loss of step 20 is nan \(rank {rank}: 1 of the 20 values of its input are not finite, "
            r"the first at \(3, 1\)\): clean the data",
     "shape": r"ValueError: linear takes 5 features \(weight \(10, 5\)\), but the input of shape \(4, 4\) has 4",
+    "forward": r"LookupError: this stage cannot go on",
+    "backward": r"LookupError: this stage cannot go back",
     "dtype": r"TypeError: linear got an input of float64 and a weight of float32: convert the input with",
 }
 
@@ -87,6 +92,32 @@ def test_the_loss_of_an_epoch_does_not_depend_on_the_ranks(mnist_folder):
         run = mpirun(ranks, "examples/mnist_dp.py", "--epochs", "1", "--batch", "250", "--data", mnist_folder)
         losses.append(float(re.search(r"epoch 1: loss (\S+),", run.out)[1]))
     assert losses == pytest.approx([losses[0]] * 3, rel=1e-5)
+
+
+@pytest.mark.parametrize("ranks, options", [
+    (1, []), (2, ["--schedule", "zb_h1", "--model", "cnn"]), (4, []), (6, ["--pipe", "3", "--microbatches", "2"]),
+    (8, ["--schedule", "interleaved", "--pipe", "2"])])
+def test_the_hybrid_example_on_the_embedded_digits(ranks, options, tmp_path):
+    (tmp_path / "file").touch()
+    run = mpirun(ranks, "examples/mnist_hybrid.py", "--epochs", "12", "--trace", str(tmp_path / "trace.json"), *options,
+                 env=environment(XDG_CACHE_HOME=str(tmp_path / "file"), NO_PROXY="", HTTPS_PROXY="http://127.0.0.1:9"))
+    assert run.code == 0, run.err
+    assert float(ACCURACY.search(run.out)[1]) > 0.93
+    assert re.search(r"^simulated: .* ms, bubble .*%$", run.out, re.M) and re.search(r"^measured: .* ms", run.out, re.M)
+    assert (tmp_path / "trace.json").stat().st_size > 1000
+
+
+def test_the_weights_after_an_epoch_do_not_depend_on_the_grid(mnist_folder, tmp_path):
+    weights = {}
+    for ranks, pipe in (1, 1), (8, 1), (4, 4), (8, 4), (8, 2):
+        path = tmp_path / f"{ranks}x{pipe}"
+        run = mpirun(ranks, "examples/mnist_hybrid.py", "--pipe", str(pipe), "--epochs", "1", "--data", mnist_folder,
+                     "--save", str(path), timeout=300)
+        assert run.code == 0, run.err
+        weights[ranks, pipe] = load_file(path)
+    for name, one in weights[1, 1].items():
+        for grid, others in weights.items():
+            np.testing.assert_allclose(others[name], one, rtol=0, atol=1e-5, err_msg=f"{name} on {grid}")
 
 
 def test_wrong_options_are_explained_once(tmp_path):
