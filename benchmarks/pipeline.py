@@ -21,7 +21,7 @@ from mpi4py import MPI
 import mpiml  # noqa: F401  (before NumPy: it shares out the cores)
 from mpiml.nn import Conv2d, Flatten, Linear, MaxPool2d, Sequential
 from mpiml.ops import cross_entropy, relu
-from mpiml.parallel import Grid, gradient, place, profile
+from mpiml.parallel import Grid, Watch, gradient, place, profile
 from mpiml.schedule import SCHEDULES, simulate
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -29,6 +29,7 @@ parser.add_argument("--width", type=int, default=512)
 parser.add_argument("--microbatch", type=int, default=512, help="samples in a micro-batch of the MLP (default %(default)s)")
 parser.add_argument("--rounds", type=int, default=15)
 parser.add_argument("--schedule", choices=SCHEDULES, default="one_f_one_b")
+parser.add_argument("--draw", metavar="FILE", help="write a picture of a step of the MLP, simulated and measured")
 args = parser.parse_args()
 
 STAGES, MICROBATCHES = 2, 8
@@ -76,7 +77,8 @@ def pipeline_against_one_rank():
         return profile(mlp(), x[:args.microbatch], grid, cross_entropy, y[:args.microbatch], repeats)
 
     net = place(mlp(), grid, balance=measure(9), schedule=SCHEDULES[args.schedule])
-    pipe = gradient(net, cross_entropy, grid, MICROBATCHES)
+    watch = Watch()
+    pipe = gradient(net, cross_entropy, grid, MICROBATCHES, watch=watch)
     one = place(mlp(), alone)
     whole, cut = (gradient(one, cross_entropy, alone, microbatches) for microbatches in (1, MICROBATCHES))
 
@@ -92,6 +94,7 @@ def pipeline_against_one_rank():
     for run in runs:
         run()
     times = alternate(*runs)
+    timelines = watch.draw(grid, net.schedule, args.draw)
     bubble = simulate(net.schedule, STAGES, MICROBATCHES).bubble
     say(f"MLP of 8 layers of {args.width}, {MICROBATCHES} micro-batches of {args.microbatch}, {args.schedule}, {STAGES} stages "
         f"(bubble {bubble:.1%})\n{net.report()}")
@@ -99,6 +102,7 @@ def pipeline_against_one_rank():
         ratio = column / times[:, 0]
         say(f"  {name:24} {1e3 * np.median(column):7.1f} ms (quartiles {_quartiles(1e3 * column, '.1f')}), "
             f"{np.median(ratio):.2f} times the pipeline (quartiles {_quartiles(ratio, '.2f')})")
+    say(timelines)
 
 
 def _quartiles(values, form):

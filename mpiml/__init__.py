@@ -8,7 +8,8 @@ mpiml.nn             layers and the combinators that build a model
 mpiml.optim          SGD, Adam, AdamW and learning-rate schedules on flat vectors
 mpiml.data           readers and batches
 mpiml.save           weights to and from safetensors
-mpiml.parallel       Grid, gradient, evaluate: the only part that starts MPI
+mpiml.schedule       pipeline schedules: lists, simulated and drawn
+mpiml.parallel       Grid, place, gradient, predict: the only part that starts MPI
 ===================  ==================================================================
 """
 

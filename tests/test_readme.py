@@ -33,7 +33,25 @@ def test_the_parallel_program(ranks, tmp_path):
     assert float(re.fullmatch(r"\{'accuracy': (\S+)\}\n", run.out)[1]) > 0.88
 
 
-@pytest.mark.parametrize("block, printed", [(2, "[1.         0.54030231]\n"), (3, "[2. 2. 2.]\n")])
+def test_the_hybrid_program(tmp_path):
+    path = tmp_path / "program.py"
+    path.write_text(BLOCKS[2])
+    run = mpirun(4, str(path), env=environment(XDG_CACHE_HOME=str(tmp_path), **OFFLINE))
+    assert run.code == 0, run.err
+    assert float(re.match(r"\{'accuracy': (\S+)\}\n", run.out)[1]) > 0.85
+    assert run.out.count("stage 0") == 3
+
+
+def test_the_drawn_timelines():
+    blocks = re.findall(r"^\$ python (-m mpiml draw .*)\n((?:.+\n)+)", (ROOT / "README.md").read_text(), re.M)
+    assert len(blocks) == 2
+    for command, drawn in blocks:
+        words = command.split(" --out")[0].split()
+        run = subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=60)
+        assert run.stdout == drawn.removesuffix("```\n")
+
+
+@pytest.mark.parametrize("block, printed", [(3, "[1.         0.54030231]\n"), (4, "[2. 2. 2.]\n")])
 def test_the_new_op_and_the_new_layer(block, printed):
     run = subprocess.run([sys.executable, "-c", BLOCKS[block]], capture_output=True, text=True, timeout=60,
                          env=environment())
