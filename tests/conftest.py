@@ -2,12 +2,19 @@
 
 import os
 import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 
 from mpiml.cores import rank_on_node, ranks_on_node
 
 RANKS = ranks_on_node()
+if RANKS > 1:
+    # Ranks that tidy up one folder at once trip over each other.
+    folder = Path(tempfile.gettempdir(), f"mpiml-tests-{os.getuid()}-{rank_on_node()}")
+    folder.mkdir(exist_ok=True)
+    os.environ["PYTEST_DEBUG_TEMPROOT"] = str(folder)
 
 
 @pytest.hookimpl(trylast=True)

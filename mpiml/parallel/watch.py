@@ -99,7 +99,8 @@ class Watch:
             raise ValueError("nothing was recorded: give the watch to gradient(..., watch=watch) and train a step")
         chosen = np.array([self._typical() if step is None else step], np.int64)
         grid.comm.Bcast(chosen)
-        rows = _gather(grid, [row for row in self._rows(_clock(grid)) if row[0] == chosen[0]])
+        mine = [row for row in self._rows(_clock(grid)) if row[0] == chosen[0] and grid.replica == 0]
+        rows = _gather(grid, mine, 8, everywhere=True)
         spans = [[Span(_KINDS[int(kind)](int(m), int(c)), arrived, done) for _, kind, m, c, _, arrived, done, _ in rows[rank]]
                  for rank in range(0, grid.size, grid.data)]
         return Timeline(spans, [alive([span.action for span in stage]) for stage in spans])
@@ -143,14 +144,15 @@ class Watch:
         return "\n".join(f"{name}: {1e3 * timeline.makespan:.3g} ms, bubble {timeline.bubble:.1%}\n{text(timeline, 150)}"
                          for name, timeline in both.items())
 
-    def trace(self, grid, path):
-        """Write everything that is remembered as a trace, to open in ui.perfetto.dev or chrome://tracing.
+    def trace(self, grid, path, steps=20):
+        """Write what all ranks did in the last ``steps`` steps as a trace, to open in ui.perfetto.dev or chrome://tracing.
 
         To be called on all ranks together; rank 0 writes.
         """
         clock = _clock(grid)
-        actions = _gather(grid, self._rows(clock))
-        sums = _gather(grid, [(step, begin - clock, end - clock) for step, begin, end in self._sums], columns=3)
+        first = self._sums[-1][0] - steps if self._sums else 0
+        actions = _gather(grid, [row for row in self._rows(clock) if row[0] > first], 8)
+        sums = _gather(grid, [(step, begin - clock, end - clock) for step, begin, end in self._sums if step > first], 3)
         if grid.rank:
             return
         events = []
@@ -181,13 +183,19 @@ def _event(place, name, begin, end, args):
     return {"name": name, "ph": "X", "ts": 1e6 * begin, "dur": 1e6 * (end - begin), "args": args} | place
 
 
-def _gather(grid, rows, columns=8):
-    """Every rank's rows of numbers, on every rank."""
+def _gather(grid, rows, columns, everywhere=False):
+    """Every rank's rows of numbers, on rank 0 or everywhere."""
     mine = np.array(rows, float).reshape(-1, columns)
     lengths = np.empty(grid.size, np.int64)
     grid.comm.Allgather(np.array([mine.size], np.int64), lengths)
-    everything = np.empty(lengths.sum())
-    grid.comm.Allgatherv(mine, [everything, lengths])
+    if everywhere:
+        everything = np.empty(lengths.sum())
+        grid.comm.Allgatherv(mine, [everything, lengths])
+    else:
+        everything = np.empty(0 if grid.rank else lengths.sum())
+        grid.comm.Gatherv(mine, None if grid.rank else [everything, lengths])
+        if grid.rank:
+            return None
     return [part.reshape(-1, columns).tolist() for part in np.split(everything, np.cumsum(lengths)[:-1])]
 
 
