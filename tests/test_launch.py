@@ -117,7 +117,8 @@ def test_the_weights_after_an_epoch_do_not_depend_on_the_grid(mnist_folder, tmp_
         weights[ranks, pipe] = load_file(path)
     for name, one in weights[1, 1].items():
         for grid, others in weights.items():
-            np.testing.assert_allclose(others[name], one, rtol=0, atol=1e-5, err_msg=f"{name} on {grid}")
+            # Usually 2e-7; but where a relu's input is 0 but for rounding, grids may differ in which side it falls on.
+            np.testing.assert_allclose(others[name], one, rtol=0, atol=1e-4, err_msg=f"{name} on {grid}")
 
 
 def test_wrong_options_are_explained_once(tmp_path):
