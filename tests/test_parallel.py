@@ -255,7 +255,7 @@ def test_weights_and_data_that_differ_are_refused():
         net.vector[0] += GRID.rank == 1
         with pytest.raises(RankError, match="the weights must be the same on all replicas of a stage, but rank 1 has others"):
             gradient(net, cross_entropy, GRID)
-        with pytest.raises(RankError, match="the number of samples and the size of a run"):
+        with pytest.raises(RankError, match="the numbers of samples in x and y"):
             evaluate(mlp().init(dtype=np.float64), x[GRID.rank:], y[GRID.rank:], {"loss": cross_entropy}, GRID)
     with pytest.raises(RuntimeError, match=r"call place\(model, grid\) before gradient"):
         gradient(mlp(), cross_entropy, GRID)
@@ -318,8 +318,8 @@ LAYOUTS = {  # as if runs of ranks had a node each
 def test_the_sum_across_nodes(layout):
     grid = Grid()
     nodes = [LAYOUTS[layout](rank, grid.size) for rank in range(grid.size)]
-    grid.node = grid.comm.Split(nodes[grid.rank])
-    grid.across = grid.comm.Split(grid.node.rank)
+    grid.near = grid.comm.Split(nodes[grid.rank])
+    grid.across = grid.comm.Split(grid.near.rank)
     total = summation(grid, 1003, np.float64)
     sizes = {nodes.count(node) for node in nodes}
     alike = SHARED and len(sizes) == 1 and sizes != {1}

@@ -3,6 +3,7 @@
 import functools
 import itertools
 import json
+import time
 import tracemalloc
 import weakref
 from pathlib import Path
@@ -36,7 +37,21 @@ from mpiml.parallel import Grid, Profile, RankError, Watch, evaluate, gradient, 
 from mpiml.parallel.place import partition
 from mpiml.parallel.watch import _clock
 from mpiml.save import load, save
-from mpiml.schedule import SCHEDULES, F, ScheduleError, gpipe, interleaved, one_f_one_b, simulate, zb_v
+from mpiml.schedule import (
+    SCHEDULES,
+    B,
+    F,
+    ScheduleError,
+    W,
+    gpipe,
+    interleaved,
+    one_f_one_b,
+    orders,
+    owners,
+    simulate,
+    zb_h1,
+    zb_v,
+)
 from mpiml.tensor import op
 
 RANKS = MPI.COMM_WORLD.size
@@ -224,9 +239,23 @@ def test_memory_for_live_micro_batches_is_what_the_simulation_says():
         alive.append(sum(ref() is not None for ref in kept))
         return x + 0, (lambda g: g * big[0],)
 
+    @op
+    def keeping_for_weights(x, weight):
+        big = np.ones(100_000)
+        kept.append(weakref.ref(big))
+        alive.append(sum(ref() is not None for ref in kept))
+        return x * weight, (lambda g: g * weight, lambda g: (g * x).sum(keepdims=True).reshape(1) * big[0])
+
+    class Keeping(Module):
+        def __init__(self):
+            self.weight = Parameter((1,), normal())
+
+        def __call__(self, x, training=False):
+            return keeping_for_weights(x, *given(training, self.weight))
+
     grid = grid_of(RANKS)
-    for schedule, microbatches in (gpipe, 8), (one_f_one_b, 8), (interleaved, 8), (zb_v, 8), (one_f_one_b, 2):
-        layers = [Sequential(Linear(3, 3), keeping) for _ in range(2 * RANKS)]
+    for schedule, microbatches in (gpipe, 8), (one_f_one_b, 8), (interleaved, 8), (zb_h1, 8), (zb_v, 8), (one_f_one_b, 2):
+        layers = [Sequential(Linear(3, 3), Keeping() if "zb" in schedule.__name__ else keeping) for _ in range(2 * RANKS)]
         net = place(Sequential(*layers), grid, dtype=np.float64, schedule=schedule)
         step = gradient(net, mse_loss, grid, microbatches)
         x = np.ones((8, 3))
@@ -293,6 +322,159 @@ def test_predicting_keeps_no_tape_and_leaves_the_training_alone():
     np.testing.assert_array_equal(net.gradient, before)
     expected = gradient(some_mlp(grid), cross_entropy, grid, 4, first_step=1)(x, y)
     assert (step(x, y), first == expected) == (expected, False)  # dropout differs from step to step
+
+
+def holding(owner, order):
+    """A schedule: chunk c lies on stage owner[c]; ``order(chunks, microbatches)`` lists the computations of some chunks."""
+    def schedule(stage, stages, microbatches):
+        return order([chunk for chunk, of in enumerate(owner) if of == stage], microbatches)
+    return schedule
+
+
+def all_forward_then_back(chunks, microbatches):
+    return ([F(m, c) for c in chunks for m in range(microbatches)]
+            + [B(m, c) for c in reversed(chunks) for m in range(microbatches)])
+
+
+def test_stages_of_any_order_and_chunks_that_only_look_at_their_input():
+    # Flatten, and Dropout when predicting, hand on a view of what they got.
+    def model():
+        views = [layer for _ in range(2 * RANKS + 1) for layer in (Linear(6, 6), Flatten(), Dropout(0.5), relu)]
+        return Sequential(*views, Linear(6, 10), Flatten())
+
+    one, x = model().init(dtype=np.float64), np.random.default_rng(0).standard_normal((30, 6))
+    ring = [0, 1, 0, *range(2, RANKS)] if RANKS > 1 else [0, 0]
+    schedules = {"zb_v": zb_v, "interleaved": functools.partial(interleaved, chunks=3),
+                 "ring": holding(ring, all_forward_then_back)}
+    for schedule in schedules.values():
+        chunks = len(owners(orders(schedule, RANKS, 1)))
+        for first in 1, 2, 4:  # cuts around the views in different ways
+            net = place(model(), grid_of(RANKS), dtype=np.float64, schedule=schedule, cuts=range(first, first + chunks - 1))
+            for size in 1, 2:
+                np.testing.assert_allclose(predict(net, x, grid_of(RANKS), size), one(x), rtol=1e-12, atol=1e-14)
+            results = []
+            for grid, placed in (grid_of(RANKS), net), (ALONE, place(model(), ALONE, dtype=np.float64)):
+                results.append(gradient(placed, cross_entropy, grid, 3)(x, np.arange(30) % 10))
+                results.append({name: p.grad.copy() for name, p in placed.named().items()})
+            assert results[0] == pytest.approx(results[2], rel=1e-12)
+            for name, grad in results[1].items():
+                np.testing.assert_allclose(grad, results[3][name], rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("order", ["weights of the lower chunk first", "backward in reverse"])
+def test_unusual_schedules_give_the_same_gradient(order):
+    def unusual(stage, stages, microbatches):
+        low, high = stage, 2 * stages - 1 - stage
+        every = list(range(microbatches))
+        back = every[::-1] if order == "backward in reverse" and stage == 0 else every
+        actions = [F(m, c) for c in (low, high) for m in every] + [B(m, c) for c in (high, low) for m in back]
+        return actions + [W(m, c) for c in (low, high) for m in every]
+
+    def model():
+        return Sequential(*[layer for _ in range(2 * RANKS) for layer in (Flatten(), Linear(7, 7))])
+
+    x = np.random.default_rng(0).standard_normal((12, 7))
+    cuts = [2 * c + 1 for c in range(2 * RANKS - 1)]
+    net = place(model(), grid_of(RANKS), dtype=np.float64, schedule=unusual, cuts=cuts)
+    one = place(model(), ALONE, dtype=np.float64)
+    step = gradient(net, mse_loss, grid_of(RANKS), 4)
+    for _ in range(2):
+        assert step(x, x) == pytest.approx(gradient(one, mse_loss, ALONE)(x, x), rel=1e-12)
+    for name, parameter in net.named().items():
+        np.testing.assert_allclose(parameter.grad, one.named()[name].grad, rtol=0, atol=1e-12)
+    assert not net.link._sent
+
+
+def test_integers_between_chunks_and_chunks_that_ignore_their_input():
+    def model():
+        return Sequential(lambda x: x + 0, Flatten(), Embedding(20, 4), Flatten(), *[Linear(20, 20) for _ in range(RANKS)],
+                          Constant(20), *[Linear(20, 20) for _ in range(RANKS)])
+
+    class Constant(Module):
+        def __init__(self, features):
+            self.weight = Parameter((features,), normal())
+
+        def __call__(self, x, training=False):
+            weight, = given(training, self.weight)
+            return weight + np.zeros((len(x), 1))
+
+    x, y = np.random.default_rng(0).integers(0, 20, (8, 5)), np.zeros((8, 20))
+    one = place(model(), ALONE, dtype=np.float64)
+    expected = gradient(one, mse_loss, ALONE)(x, y)
+    for first in 1, 2, 4:
+        net = place(model(), grid_of(RANKS), dtype=np.float64, cuts=range(first, first + RANKS - 1))
+        assert gradient(net, mse_loss, grid_of(RANKS), 4)(x, y) == pytest.approx(expected, rel=1e-12)
+        for name, parameter in net.named().items():
+            np.testing.assert_allclose(parameter.grad, one.named()[name].grad, rtol=0, atol=1e-12)
+    measured = profile(model(), x, ALONE, repeats=1, dtype=np.float64)
+    assert measured.forward.shape == (5 + 2 * RANKS,)
+
+
+def test_many_sizes_do_not_pile_up_buffers():
+    grid = grid_of(RANKS)
+    net = place(Sequential(*[Linear(4, 4) for _ in range(2 * RANKS)]), grid, dtype=np.float64)
+    step = gradient(net, mse_loss, grid, 2)
+    for samples in range(2, 80, 2):
+        step(np.ones((samples, 4)), np.ones((samples, 4)))
+    assert len(net.link._free) <= 17
+
+
+def test_two_losses_of_one_model_take_turns():
+    grid = grid_of(RANKS)
+    x, y = problem(mlp, 16)
+    net = place(Sequential(*[Linear(12, 12) for _ in range(2 * RANKS)]), grid, dtype=np.float64)
+    once, twice = (gradient(net, loss, grid, 2) for loss in (cross_entropy, lambda *pair: 2 * cross_entropy(*pair)))
+    for _ in range(2):
+        loss = once(x, y)
+        expected = net.gradient.copy()
+        assert twice(x, y) == pytest.approx(2 * loss)
+        np.testing.assert_allclose(net.gradient, 2 * expected, rtol=1e-12)
+
+
+def test_shares_that_do_not_suit_a_normalisation_are_refused_by_all():
+    if RANKS % 2 == 0 and RANKS > 2:
+        norm = Sequential(BatchNorm2d(2, samples=2), Flatten(), *[Linear(8, 8) for _ in range(RANKS)])
+        net = place(norm, grid_of(RANKS // 2), dtype=np.float64)
+        grid = net.grid
+        x, y = np.ones((3 - grid.replica, 2, 2, 2)), np.ones((3 - grid.replica, 8))
+        with pytest.raises(RankError, match="share starts at sample 3 of the batch, which is not a multiple"):
+            gradient(net, mse_loss, grid, 1)(x, y)
+
+
+def test_a_schedule_whose_chunks_move_is_refused():
+    def moving(stage, stages, microbatches):
+        return gpipe((stage + microbatches - 1) % stages, stages, microbatches)
+
+    if RANKS > 1:
+        net = some_mlp(grid_of(RANKS), schedule=moving)
+        with pytest.raises(ScheduleError, match="with 2 micro-batches the schedule has the chunks on the stages"):
+            gradient(net, cross_entropy, grid_of(RANKS), 2)
+
+
+def test_outputs_that_cannot_be_joined_are_refused_by_all():
+    x = np.arange(8)
+    for odd in (lambda x: x.astype(np.float32 if x[0] < 2 else np.float64)), (lambda x: np.ones((len(x), 1 + int(x[0] < 2)))):
+        with pytest.raises(ValueError, match="predict joins outputs of one dtype and shape"):
+            predict(odd, x, grid_of(1), 1)
+
+
+def test_waiting_for_a_slow_stage_counts_as_waiting():
+    def slow(x):
+        time.sleep(0.02)
+        return x
+
+    if RANKS > 1:
+        layers = [Linear(4, 4) for _ in range(RANKS)]
+        grid, watch = grid_of(RANKS), Watch()
+        net = place(Sequential(*layers, slow), grid, dtype=np.float64, cuts=range(1, RANKS))
+        step = gradient(net, mse_loss, grid, 4, watch=watch)
+        step(np.ones((4, 4)), np.ones((4, 4)))
+        watch.restart()
+        for _ in range(3):
+            step(np.ones((4, 4)), np.ones((4, 4)))
+        times = watch.times(grid)
+        assert (times["wait"][:-1] > 0.15).all() and times["wait"][-1] < times["wait"][0]
+        assert (times["other"] < 0.1).all()
 
 
 def test_a_broken_schedule_is_refused_before_the_first_message():

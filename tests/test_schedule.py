@@ -91,6 +91,8 @@ def test_unequal_stages_and_messages():
 
 
 def test_a_cost_for_each_chunk_is_asked_for():
+    with pytest.raises(ValueError, match="a pipeline has 1 stage and 1 micro-batch at least, not 2 and 0"):
+        simulate(gpipe, 2, 0)
     with pytest.raises(ValueError, match=r"the cost is a number >= 0 or one for each of 2, not \[1, 2, 3\]"):
         simulate(gpipe, 2, 3, forward=[1, 2, 3])
     with pytest.raises(ValueError, match="the time of a message is a number >= 0 or one for each of 1, not -1"):

@@ -40,6 +40,7 @@ def evaluate(model, x, y, metrics, grid, size=256, transform=None):
     ValueError
         There is nothing to evaluate.
     """
+    grid.same("the numbers of samples in x and y", (len(x), len(y)))
     if len(x) == 0 or len(x) != len(y):
         raise ValueError(f"evaluation needs samples, as many in x as in y: x has {len(x)} and y has {len(y)}")
     runs = runs_of(x, grid, size)

@@ -11,7 +11,7 @@ from mpi4py import MPI
 from mpiml import kernels as k
 from mpiml.data.batches import share
 from mpiml.nn import BatchNorm2d, Dropout
-from mpiml.schedule import orders, simulate
+from mpiml.schedule import ScheduleError, orders, owners, simulate
 
 from .grid import RankError
 from .interpreter import Interpreter
@@ -60,6 +60,11 @@ def gradient(model, loss, grid, microbatches=None, *, recompute=False, watch=Non
     ------
     mpiml.schedule.ScheduleError
         The schedule would never end with this many micro-batches; nothing was sent yet.
+    RankError
+        The replicas of a stage hold different weights, or the ranks were told different numbers of micro-batches.
+    ValueError, RuntimeError
+        The model was placed on another grid, or not at all; a BatchNorm2d would see its batch in pieces; the number of
+        micro-batches is none.
     """
     if not isinstance(model, Part):
         raise RuntimeError("gradient takes what place(model, grid) returned: call place(model, grid) before gradient(...)")
@@ -77,6 +82,9 @@ def gradient(model, loss, grid, microbatches=None, *, recompute=False, watch=Non
                          f"use GroupNorm")
     simulate(model.schedule, grid.pipe, microbatches)  # refuses a schedule that would hang
     lists = orders(model.schedule, grid.pipe, microbatches)
+    if owners(lists) != model.owner:
+        raise ScheduleError(f"with {microbatches} micro-batches the schedule has the chunks on the stages {owners(lists)}, but "
+                            f"with one, as the model was placed, on {model.owner}: a chunk stays where it is")
     grid.same("the schedule and the number of micro-batches", lists)
     recomputed = recompute if isinstance(recompute, bool) else grid.stage in recompute
     _same_weights(model, grid)
@@ -88,7 +96,7 @@ def gradient(model, loss, grid, microbatches=None, *, recompute=False, watch=Non
     model.accumulate_in(total.vector)
     sums = model.sums
     # Only these layers depend on where a share lies in the batch; without them nobody needs to ask.
-    positioned = bool(model.named(BatchNorm2d) or model.named(Dropout))
+    positioned = bool(norms or model.whole().named(Dropout))
 
     def step(x, y):
         number, first = next(numbers), 0
@@ -113,8 +121,11 @@ def gradient(model, loss, grid, microbatches=None, *, recompute=False, watch=Non
         check = k.scale(model.gradient, sums.dtype.type(1 / count)) if count else math.nan
         finite = math.isfinite(mean + check)
         if grid.pipe > 1:
+            begin = perf_counter()
             mean, bad = _over_stages(grid, mean, 0.0 if finite else 1.0)
             finite = not bad
+            if watch:
+                watch.wait(perf_counter() - begin)
         if not finite:
             _explain(grid, model, number, x, y, local, mean, count)
         return mean / count

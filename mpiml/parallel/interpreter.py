@@ -1,7 +1,8 @@
 """Running this stage's list of a schedule: the one place where forward and backward passes meet messages."""
 
+from collections import deque
 from time import perf_counter
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 
@@ -54,67 +55,37 @@ class Interpreter:
             The sum of the loss, where the last chunk is; else 0.
         """
         link, watch = self.part.link, self.watch
-        split = {(a.microbatch, a.chunk) for a in actions if isinstance(a, W)}
+        self.x, self.y, self.parts, self.number, self.first = x, y, parts, number, first
+        self.split = {(a.microbatch, a.chunk) for a in actions if isinstance(a, W)}
+        self.live, self.later, self.total = {}, {}, 0.0
         coming = iter([message for message in map(self._awaits, actions) if message and link.remote(message)])
         ahead = next(coming, None)
         if ahead:
             link.post(ahead)
-        live, total, later = {}, 0.0, {}
         for action in actions:
             begin = perf_counter()
-            key = m, c = action.microbatch, action.chunk
-            awaited, array, buffer = self._awaits(action), None, None
+            awaited, received = self._awaits(action), (None, None)
             if awaited:
-                array, buffer = link.receive(awaited)
+                received = link.receive(awaited)
                 if awaited == ahead:
                     ahead = next(coming, None)
                     if ahead:
                         link.post(ahead)
             arrived = perf_counter()
-            message = None
-            if isinstance(action, F):
-                start, stop = parts[m]
-                step = Step(number, first + start)
-                input = Tensor(array) if c else x[start:stop]
-                output = self._forward(c, input, y[start:stop], step)
-                if c == self.last:
-                    total += float(_value(output))
-                else:
-                    message = ("F", m, c + 1), _value(output)
-                live[key] = _Live(input, None if self.recompute else output, [buffer])
-                output = None
-            elif isinstance(action, B):
-                input, output, buffers = live.pop(key)
-                if self.recompute:
-                    start, stop = parts[m]
-                    output = self._forward(c, input, y[start:stop], Step(number, first + start))
-                buffers.append(buffer)
-                put_off = [] if key in split else None
-                if isinstance(output, Tensor):
-                    for _ in backward(output, array, input, put_off):
-                        pass
-                elif c == self.last:
-                    raise TypeError(f"the loss depends on no parameter of the model: {output!r} is a plain number; a model "
-                                    f"must hand `training` on to its layers")
-                output = None
-                if c:
-                    message = ("B", m, c - 1), np.zeros_like(input.value) if input.grad is None else input.grad
-                if key in split:
-                    later[key] = put_off, buffers
-                else:
-                    self._release(buffers)
-            else:
-                put_off, buffers = later.pop(key)
-                for contribute in put_off:
-                    contribute()
-                self._release(buffers)
+            # Each in a function of its own, whose variables keep nothing alive when it is done.
+            message = self._steps[type(action)](self, action.microbatch, action.chunk, *received)
             done = perf_counter()
             if message:
                 link.deliver(*message)
+            received = message = None
             if watch:
                 watch.action(number, action, begin, arrived, done, perf_counter())
+        begin = perf_counter()
         link.finish()
-        return total
+        if watch:
+            watch.wait(perf_counter() - begin)
+        self.x = self.y = None
+        return self.total
 
     def _awaits(self, action):
         """The message that an action needs, or None."""
@@ -125,14 +96,58 @@ class Interpreter:
             return "B", m, c
         return None
 
-    def _forward(self, chunk, input, target, step):
-        output = self.part.chunks[chunk](input, step)
-        return self.loss(output, target) if chunk == self.last else output
+    def _compute(self, m, c, input):
+        """The output of a chunk; of the last one, the loss."""
+        start, stop = self.parts[m]
+        output = self.part.chunks[c](input, Step(self.number, self.first + start))
+        return self.loss(output, self.y[start:stop]) if c == self.last else output
+
+    def _forward(self, m, c, array, buffer):
+        if c == 0:
+            input = self.x[slice(*self.parts[m])]
+        else:
+            input = Tensor(array) if array.dtype.kind == "f" else array  # integers, say, have no gradient
+        output = self._compute(m, c, input)
+        self.live[m, c] = _Live(input, None if self.recompute else output, [buffer])
+        value = output.value if isinstance(output, Tensor) else output
+        if c == self.last:
+            self.total += float(value)
+            return None
+        message = "F", m, c + 1
+        if buffer is not None and not self.part.link.remote(message) and np.may_share_memory(value, buffer):
+            value = value.copy()  # the next chunk may need it for longer than this one
+        return message, value
+
+    def _backward(self, m, c, gradient, buffer):
+        input, output, buffers = self.live.pop((m, c))
+        if self.recompute:
+            output = self._compute(m, c, input)
+        put_off = deque() if (m, c) in self.split else None
+        if isinstance(output, Tensor):
+            for _ in backward(output, gradient, input, put_off):
+                pass
+        elif c == self.last:
+            raise TypeError(f"the loss depends on no parameter of the model: {output!r} is a plain number; a model must hand "
+                            f"`training` on to its layers")
+        buffers.append(buffer)
+        if put_off is None:
+            self._release(buffers)
+        else:
+            self.later[m, c] = put_off, buffers
+        if c == 0:
+            return None
+        if not isinstance(input, Tensor):
+            return ("B", m, c - 1), np.empty(0)  # nobody looks at it
+        return ("B", m, c - 1), np.zeros_like(input.value) if input.grad is None else input.grad
+
+    def _weights(self, m, c, *_):
+        put_off, buffers = self.later.pop((m, c))
+        while put_off:
+            put_off.popleft()()
+        self._release(buffers)
+
+    _steps: ClassVar = {F: _forward, B: _backward, W: _weights}
 
     def _release(self, buffers):
         for buffer in buffers:
             self.part.link.release(buffer)
-
-
-def _value(output):
-    return output.value if isinstance(output, Tensor) else output

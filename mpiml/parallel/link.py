@@ -59,16 +59,14 @@ class Link:
             The computation that waits for it, such as ("F", 3, 1).
         array : array
         matched : bool
-            Wait until earlier messages were received, so that a fast stage cannot run away from a slow one.
+            Count as through only when the other stage has it, not when it is on its way.
         """
         to = self._owner[message[2]]
         if to == self._stage:
             self._here[message].append(array)
             return
         array = np.ascontiguousarray(array)
-        if matched:
-            self.finish()
-        elif self._sent:
+        if self._sent:
             self._sent = [sent for sent in self._sent if not sent[0].Test()]
         form, tag = (array.dtype, array.shape), self._tag(message)
         if self._told.get(message) != form or array.nbytes == _HEADER:
@@ -125,11 +123,10 @@ class Link:
             self._free.clear()
         return np.empty(size, np.uint8)
 
-    def finish(self):
-        """Wait until all sends are through."""
-        for request, _ in self._sent:
-            wait(request)
-        self._sent.clear()
+    def finish(self, keep=0):
+        """Wait until all sends but the last ``keep`` are through."""
+        while len(self._sent) > keep:
+            wait(self._sent.pop(0)[0])
 
 
 def wait(request, status=None):
@@ -148,7 +145,7 @@ def _bytes(form):
 
 def _pack(dtype, shape):
     code = dtype.str.encode()
-    if len(shape) > 11 or len(code) > 8:
+    if len(shape) > 11 or len(code) > 8 or dtype.hasobject:
         raise ValueError(f"a chunk's output of shape {shape} and dtype {dtype} cannot be sent: at most 11 axes, of numbers")
     header = np.zeros(_HEADER, np.uint8)
     header[:len(code)] = np.frombuffer(code, np.uint8)

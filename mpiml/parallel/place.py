@@ -138,7 +138,7 @@ def place(model, grid, seed=0, dtype=np.float32, schedule=one_f_one_b, cuts=None
         The model has fewer layers than the schedule has chunks, the cuts are not in order, or a parameter would lie on
         two stages.
     TypeError
-        The model is no Sequential, and the grid has several stages.
+        The model is no Sequential, and the schedule has several chunks.
     """
     owner = check(orders(schedule, grid.pipe, 1), 1)
     bounds = [(0, len(model) if isinstance(model, Sequential) else 1)]
@@ -151,12 +151,12 @@ def place(model, grid, seed=0, dtype=np.float32, schedule=one_f_one_b, cuts=None
 
 def _bounds(model, owner, grid, cuts, balance, speeds):
     if not isinstance(model, Sequential):
-        raise TypeError(f"a pipeline of {grid.pipe} stages cuts a Sequential between its layers; this model is one "
+        raise TypeError(f"a pipeline of {len(owner)} chunks cuts a Sequential between its layers; this model is one "
                         f"{type(model).__name__}")
     layers, chunks = len(model), len(owner)
     if layers < chunks:
-        raise ValueError(f"a model of {layers} layers cannot be cut into {chunks} chunks ({grid.pipe} stages, "
-                         f"{chunks // grid.pipe} on each): use fewer stages")
+        raise ValueError(f"a model of {layers} layers cannot be cut into {chunks} chunks for {grid.pipe} stages: "
+                         f"use fewer of them")
     if cuts is None:
         if balance is None:
             balance = [sum(p.size for p in model[i:i + 1].named().values()) for i in range(layers)]

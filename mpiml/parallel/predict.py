@@ -1,6 +1,7 @@
 """The outputs of a model, computed by all ranks."""
 
 import json
+import math
 
 import numpy as np
 
@@ -34,22 +35,23 @@ def predict(model, x, grid, size=256, transform=None):
     Raises
     ------
     ValueError
-        There are no samples, or the outputs cannot be joined.
+        There are no samples, or the outputs cannot be joined; on all ranks.
     mpiml.parallel.RankError
         The ranks disagree on the number of samples.
     """
     runs = runs_of(x, grid, size)
     mine = [np.ascontiguousarray(output) for _, output in stream(model, x, grid, runs, transform)]
-    forms = grid.texts(json.dumps([mine[0].dtype.str, mine[0].shape[1:], sum(map(len, mine))] if mine else None))
-    forms = [json.loads(form) for form in forms]
-    (dtype, shape), *others = {(form[0], tuple(form[1])) for form in forms if form}
-    rows = [form[2] if form else 0 for form in forms]
-    if others or sum(rows) != len(x):
+    forms = {(output.dtype.str, *output.shape[1:]): None for output in mine}
+    everyones = [json.loads(text) for text in grid.texts(json.dumps([sum(map(len, mine)), *forms]))]
+    rows = [count for count, *_ in everyones]
+    found = sorted({tuple(form) for _, *forms in everyones for form in forms}, key=str)
+    if len(found) != 1 or sum(rows) != len(x):
         raise ValueError(f"predict joins outputs of one dtype and shape, one for each sample: {len(x)} samples gave "
-                         f"{sum(rows)} outputs of {sorted({(dtype, shape), *others})}")
-    everything = np.empty((sum(rows), *shape), dtype)
+                         f"{sum(rows)} outputs of {' and '.join(map(str, found))}")
+    dtype, *shape = found[0]
+    everything = np.empty((len(x), *shape), dtype)
     mine = np.concatenate(mine) if mine else np.empty((0, *shape), dtype)
-    row = int(np.prod(shape, dtype=np.int64)) * everything.itemsize
+    row = math.prod(shape) * everything.itemsize
     # The ranks that hold the last chunk follow each other in the order of their replicas, which is that of x.
     grid.comm.Allgatherv(mine.reshape(-1).view(np.uint8), [everything.reshape(-1).view(np.uint8), [n * row for n in rows]])
     return everything
@@ -57,11 +59,11 @@ def predict(model, x, grid, size=256, transform=None):
 
 def runs_of(x, grid, size):
     """The runs of samples of this replica, as (start, stop)."""
+    grid.same("the number of samples and the size of a run", (len(x), size))
     if len(x) == 0:
         raise ValueError("there are no samples to compute: x has length 0")
     if not isinstance(size, (int, np.integer)) or size < 1:
         raise ValueError(f"size is a number of samples, a whole number above 0, not {size!r}")
-    grid.same("the number of samples and the size of a run", (len(x), int(size)))
     count = -(-len(x) // size)
     return [(run * size, min(len(x), (run + 1) * size)) for run in range(*share(count, grid.replica, grid.data))]
 
@@ -80,17 +82,20 @@ def stream(model, x, grid, runs, transform=None):
             yield from ((run, model(inputs(run))) for run in runs)
         return
     link, last = model.link, len(model.bounds) - 1
-    # Several chunks on a rank take turns, as many runs at a time as there are stages, so that none waits for long.
-    for group in range(0, len(runs), grid.pipe):
+    # Several chunks on a rank take turns, as many runs at a time as there are stages, so that none waits for long. A
+    # fast stage is held back between the groups, never in one, where the others may need it to go on.
+    for begin in range(0, len(runs), grid.pipe):
+        group = runs[begin:begin + grid.pipe]
+        link.finish(keep=len(group) * len(model.chunks))
         for number, chunk in model.chunks.items():
-            for run in runs[group:group + grid.pipe]:
+            for run in group:
                 array, buffer = link.receive(("F", 0, number)) if number else (inputs(run), None)
                 output = chunk(array)
+                if buffer is not None and np.may_share_memory(output, buffer):
+                    output = output.copy()
+                link.release(buffer)
                 if number == last:
-                    # What it has of the message's memory would change with the next message.
-                    yield run, output if buffer is None or not np.may_share_memory(output, buffer) else output.copy()
+                    yield run, output
                 else:
                     link.deliver(("F", 0, number + 1), output, matched=True)
-                    link.finish() if buffer is not None and np.may_share_memory(output, buffer) else None
-                link.release(buffer)
     link.finish()

@@ -89,7 +89,7 @@ def profile(model, x, grid, loss=None, y=None, repeats=9, dtype=np.float32):
         last = layers[-1]
         layers[-1] = lambda x, training: loss(last(x, training), y)
     _run(layers, x)  # compiles the kernels
-    memory, message = _memory(layers, x)
+    sizes = np.array(_memory(layers, x))
     times = np.empty((repeats, 3, len(layers)))
     for repeat in range(repeats):
         grid.comm.Barrier()
@@ -99,7 +99,8 @@ def profile(model, x, grid, loss=None, y=None, repeats=9, dtype=np.float32):
     grid.comm.Allgather(np.array([times.sum()]), totals)
     grid.comm.Allreduce(MPI.IN_PLACE, times, MPI.SUM)
     speeds = 1 / totals.reshape(grid.pipe, grid.data).mean(axis=1)
-    return Profile(*times / grid.size, memory, message, speeds / speeds.mean())
+    grid.comm.Allreduce(MPI.IN_PLACE, sizes, MPI.SUM)
+    return Profile(*times / grid.size, *sizes / grid.size, speeds / speeds.mean())
 
 
 def _run(layers, x):
@@ -126,13 +127,13 @@ def _run(layers, x):
             contribute()
         times[1:, i] = middle - start, perf_counter() - middle
         tape[i] = None
-        g = x.grad if isinstance(x, Tensor) else None
+        g = (np.zeros_like(x.value) if x.grad is None else x.grad) if isinstance(x, Tensor) else None
         x = output = None
     return times
 
 
 def _memory(layers, x):
-    """Bytes that each layer's forward pass leaves alive, and those of its output."""
+    """Bytes that each layer's forward pass leaves alive, and those of its output, as two lists of floats."""
     held, sent, tape = [], [], []
     tracing = tracemalloc.is_tracing()
     if not tracing:
@@ -142,11 +143,11 @@ def _memory(layers, x):
             x = Tensor(x) if i and x.dtype.kind == "f" else x
             before = tracemalloc.get_traced_memory()[0]
             output = layer(x, Step(0))
-            held.append(max(0, tracemalloc.get_traced_memory()[0] - before))
+            held.append(max(0.0, tracemalloc.get_traced_memory()[0] - before))
             tape.append(output)
             x = output.value if isinstance(output, Tensor) else output
-            sent.append(x.nbytes)
+            sent.append(float(x.nbytes))
     finally:
         if not tracing:
             tracemalloc.stop()
-    return np.array(held, float), np.array(sent, float)
+    return held, sent

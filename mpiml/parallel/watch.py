@@ -48,6 +48,10 @@ class Watch:
         self._compute += done - arrived
         self._send += sent - done
 
+    def wait(self, seconds):
+        """Note time in which this rank waited for the other stages, at the end of a step."""
+        self._receive += seconds
+
     def all_reduce(self, step, begin, end):
         """Note the all-reduce of a step."""
         self._sums.append((step, begin, end))
@@ -95,12 +99,13 @@ class Watch:
         mpiml.schedule.Timeline
             The same on every rank.
         """
-        if not grid.all(self._actions):
-            raise ValueError("nothing was recorded: give the watch to gradient(..., watch=watch) and train a step")
-        chosen = np.array([self._typical() if step is None else step], np.int64)
+        chosen = np.array([-1 if grid.rank or not self._actions else self._typical() if step is None else step], np.int64)
         grid.comm.Bcast(chosen)
         mine = [row for row in self._rows(_clock(grid)) if row[0] == chosen[0] and grid.replica == 0]
         rows = _gather(grid, mine, 8, everywhere=True)
+        if not all(rows[::grid.data]):
+            raise ValueError("nothing was recorded" + (f" of step {step}" if step is not None else "") + ": give the watch to "
+                             "gradient(..., watch=watch), and train a step in which replica 0 has samples")
         spans = [[Span(_KINDS[int(kind)](int(m), int(c)), arrived, done) for _, kind, m, c, _, arrived, done, _ in rows[rank]]
                  for rank in range(0, grid.size, grid.data)]
         return Timeline(spans, [alive([span.action for span in stage]) for stage in spans])
@@ -136,7 +141,7 @@ class Watch:
             Both as text, with their bubbles.
         """
         measured = self.timeline(grid, step)
-        microbatches = 1 + max(span.action.microbatch for spans in measured.spans for span in spans)
+        microbatches = len({span.action.microbatch for spans in measured.spans for span in spans})
         simulated = simulate(schedule, grid.pipe, microbatches, **costs(measured))
         both = {"simulated": simulated, "measured": measured}
         if path and grid.rank == 0:

@@ -22,7 +22,8 @@ def text(timeline, width=240):
     ----------
     timeline : Timeline
     width : int
-        Columns at most; a computation too short for its name shows its kind alone.
+        Columns at most, for the time; a computation too short for its name shows its kind alone, and one much shorter
+        than a column nothing.
 
     Examples
     --------

@@ -103,8 +103,8 @@ def zb_h1(stage, stages, microbatches):
 def zb_v(stage, stages, microbatches):
     """ZB-V (Qi et al. 2024): stage s holds the chunks s and 2 stages - 1 - s, so the model runs down the stages and up again.
 
-    A sixth of 1F1B's bubble where F, B and W take the same time and there are 2 stages - 1 micro-batches or more, with
-    two chunks' activations of ``stages`` micro-batches alive on every stage alike. The loss is on stage 0.
+    A sixth of 1F1B's bubble where F, B and W take the same time and there are 2 stages - 1 micro-batches or more, and then
+    two chunks' activations of ``stages`` micro-batches are alive on every stage alike. The loss is on stage 0.
     """
     down, up = stage, 2 * stages - 1 - stage
     below = stages - stage  # stages from here to the turning point

@@ -92,7 +92,7 @@ def check(lists, microbatches):
     owner = owners(lists)
     for stage, actions in enumerate(lists):
         held = [chunk for chunk, of in enumerate(owner) if of == stage]
-        if not held and microbatches:
+        if not held:
             raise ScheduleError(f"stage {stage} of {len(lists)} has nothing to do")
         wanted = {kind(m, chunk) for kind in (F, B) for m in range(microbatches) for chunk in held}
         seen = set()
@@ -133,6 +133,8 @@ def simulate(schedule, stages, microbatches, forward=1.0, backward=1.0, weight=1
     ScheduleError
         The schedule would never end; the message names the stages that are stuck and what they wait for.
     """
+    if stages < 1 or microbatches < 1:
+        raise ValueError(f"a pipeline has 1 stage and 1 micro-batch at least, not {stages} and {microbatches}")
     lists = orders(schedule, stages, microbatches)
     owner = check(lists, microbatches)
     chunks = len(owner)
