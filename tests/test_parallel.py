@@ -230,7 +230,8 @@ def test_a_grid_that_does_not_fit():
 
 
 def test_the_launcher_of_another_mpi(monkeypatch):
-    monkeypatch.setenv("PMI_SIZE", str(GRID.size + 1))
+    for name in "PMI_SIZE", "OMPI_COMM_WORLD_SIZE":
+        monkeypatch.setenv(name, str(GRID.size + 1))
     with pytest.raises(RuntimeError, match=rf"started {GRID.size + 1} processes \(PMI_SIZE\).* sees {GRID.size}"):
         Grid()
 
