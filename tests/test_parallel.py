@@ -239,6 +239,8 @@ def test_the_launcher_of_another_mpi(monkeypatch):
 def test_ranks_that_differ_are_told_so():
     GRID.same("a constant", 1)
     if GRID.size > 1:
+        with pytest.raises(RankError, match=r"text must be .* \(digest [0-9a-f]+\); .* \(digest [0-9a-f]+\)"):
+            GRID.same("text", "a" * 1000 + str(GRID.rank > 0))
         told = f"number must be the same on all ranks, but .*rank {GRID.size - 1} has 7"
         with pytest.raises(RankError, match=told) as caught:
             GRID.same("number", 7 if GRID.rank == GRID.size - 1 else 5)

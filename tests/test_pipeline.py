@@ -228,6 +228,53 @@ def test_messages_of_all_sizes(schedule, width):
     assert results[0] == pytest.approx(results[1], rel=1e-10)
 
 
+class Synchronous:
+    """A communicator whose sends are through only when they are received, as they may be in any MPI."""
+
+    def __init__(self, comm):
+        self.comm, self.Isend = comm, comm.Issend
+
+    def __getattr__(self, name):
+        return getattr(self.comm, name)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
+def test_no_schedule_needs_mpi_to_buffer_messages(schedule):
+    x, y = problem(mlp, 16)
+    grid = grid_of(RANKS)
+    results = []
+    for synchronous in False, True:
+        net = some_mlp(grid, schedule=schedule)
+        if synchronous:
+            net.link._comm = Synchronous(net.link._comm)
+        step = gradient(net, cross_entropy, grid, 6)
+        results.append([step(x, y), step(x[:9], y[:9]), predict(net, x, grid, 2).tolist()])
+    assert results[0] == results[1]
+
+
+def test_the_callers_communicator_is_left_alone():
+    comm = MPI.COMM_WORLD.Dup()
+    request = comm.Irecv(np.empty(1), MPI.ANY_SOURCE, MPI.ANY_TAG)  # would catch any message of the library
+    x, y = problem(mlp, 16)
+    grid, watch = Grid(pipe=RANKS, comm=comm), Watch()
+    net = some_mlp(grid)
+    gradient(net, cross_entropy, grid, 4, watch=watch)(x, y)
+    predict(net, x, grid, 3)
+    evaluate(net, x, y, {"loss": cross_entropy}, grid)
+    watch.draw(grid, net.schedule)
+    net.collect()
+    assert not request.Test()
+    comm.Send(np.ones(1), comm.rank)
+    request.Wait()
+
+
+def test_grids_of_some_of_the_ranks():
+    if RANKS % 2 == 0:
+        half = MPI.COMM_WORLD.Split(MPI.COMM_WORLD.rank % 2)
+        grid = Grid(pipe=half.size, comm=half)
+        check(grid, [mlp, transformer][MPI.COMM_WORLD.rank % 2], 19, microbatches=4, schedule=zb_h1)
+
+
 def test_memory_for_live_micro_batches_is_what_the_simulation_says():
     # Each layer keeps a large array from its forward to its backward pass, which can be counted.
     kept, alive = [], []

@@ -20,6 +20,7 @@ from .grid import Grid, RankError  # noqa: E402
 from .place import Part, place  # noqa: E402
 from .predict import predict  # noqa: E402
 from .profile import Profile, profile  # noqa: E402
-from .watch import Watch, progress  # noqa: E402
+from .progress import progress  # noqa: E402
+from .watch import Watch  # noqa: E402
 
 __all__ = ["Grid", "Part", "Profile", "RankError", "Watch", "evaluate", "gradient", "place", "predict", "profile", "progress"]

@@ -1,11 +1,13 @@
 """The Grid: which ranks work together. The only maker of communicators."""
 
+import hashlib
 import json
 import os
 
 import numpy as np
 from mpi4py import MPI
 
+_LONG = 500  # characters of a value that an error shows
 _WORLD_SIZE = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 _SLURM_SIZE = ("SLURM_STEP_NUM_TASKS",)  # also in what an mpirun inside of a step starts, so it counts if it stands alone
 
@@ -84,8 +86,11 @@ class Grid:
         RankError
             It is not; the message says who has what.
         """
-        texts = self.texts(repr(value))
-        if len(set(texts)) > 1:
+        text = repr(value)
+        digests = np.empty(self.size, np.uint64)
+        self.comm.Allgather(np.frombuffer(hashlib.blake2b(text.encode(), digest_size=8).digest(), np.uint64), digests)
+        if (digests != digests[0]).any():
+            texts = self.texts(text if len(text) < _LONG else f"{text[:_LONG]}... (digest {digests[self.rank]:x})")
             groups = {}
             for rank, text in enumerate(texts):
                 groups.setdefault(text, []).append(rank)
