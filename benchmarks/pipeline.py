@@ -94,7 +94,7 @@ def pipeline_against_one_rank():
     for run in runs:
         run()
     times = alternate(*runs)
-    timelines = watch.draw(grid, net.schedule, args.draw)
+    timelines = watch.draw(grid, args.draw)
     bubble = simulate(net.schedule, STAGES, MICROBATCHES).bubble
     say(f"MLP of 8 layers of {args.width}, {MICROBATCHES} micro-batches of {args.microbatch}, {args.schedule}, {STAGES} stages "
         f"(bubble {bubble:.1%})\n{net.report()}")

@@ -38,6 +38,8 @@ if args.epochs < 1:
 for file in args.draw, args.trace, args.save:
     if file and not Path(file).absolute().parent.is_dir():
         parser.error(f"{file}: there is no such folder")
+if args.draw and Path(args.draw).suffix not in (".svg", ".png", ".pdf"):
+    parser.error(f"--draw {args.draw}: a picture ends in .svg, .png or .pdf")
 
 
 def mlp(height, width):
@@ -63,9 +65,9 @@ def say(text):
 grid = Grid(pipe=args.pipe or math.gcd(4, Grid().size))
 (x, y), (x_test, y_test) = mnist(args.data, grid)
 model = {"mlp": mlp, "cnn": cnn}[args.model](*x.shape[2:])
-microbatches = args.microbatches or (2 * grid.pipe if grid.pipe > 1 else 1)
+microbatches = (2 * grid.pipe if grid.pipe > 1 else 1) if args.microbatches is None else args.microbatches
 
-sample = slice(max(1, args.batch // (grid.data * microbatches)))
+sample = slice(max(1, args.batch // (grid.data * max(1, microbatches))))  # a micro-batch
 costs = profile(model, prepare(x[sample]), grid, cross_entropy, y[sample], dtype=args.dtype)
 model = place(model, grid, args.seed, args.dtype, SCHEDULES[args.schedule], balance=costs)
 say(f"{len(x)} digits, {args.model}, batch {args.batch}, {grid.data} x {grid.pipe} ranks (data x pipe), {microbatches} "
@@ -93,12 +95,12 @@ for epoch in range(args.epochs):
     say(f"epoch {epoch + 1}: loss {total / len(share):.6f}, test loss {test['loss']:.4f}, "
         f"test accuracy {test['accuracy']:.4f}, {len(x) / seconds:,.0f} samples/s")
 
-times = watch.report(grid)
-timelines = watch.draw(grid, model.schedule, args.draw)
-if args.trace:
-    watch.trace(grid, args.trace)
 weights = model.collect()
 if args.save and grid.rank == 0:
     from mpiml.save import save
     save(weights, args.save)
+times = watch.report(grid)
+timelines = watch.draw(grid, args.draw)
+if args.trace:
+    watch.trace(grid, args.trace)
 say(f"{timelines}\naccuracy {test['accuracy']:.4f}, {args.epochs * len(x) / training:,.0f} samples/s\n{times}")

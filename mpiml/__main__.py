@@ -17,8 +17,10 @@ def draw(args):
     timeline = simulate(schedule, args.stages, args.microbatches, args.forward, args.backward, args.weight, args.message)
     title = f"{args.schedule}, {args.stages} stages, {args.microbatches} micro-batches"
     print(text(timeline))
+    held = [len({span.action.chunk for span in spans}) for spans in timeline.spans]
+    alive = [f"{peak / chunks:g}" for peak, chunks in zip(timeline.peak, held, strict=True)]
     print(f"{title}: makespan {timeline.makespan:g}, bubble {timeline.bubble:.1%}, "
-          f"micro-batches alive at most {', '.join(map(str, timeline.peak))}")
+          f"micro-batches alive at most {', '.join(alive)}")
     if args.out:
         picture({title: timeline}, args.out)
 
@@ -27,6 +29,13 @@ def whole(text):
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"a whole number above 0, not {text}")
+    return number
+
+
+def time(text):
+    number = float(text)
+    if not number >= 0:
+        raise argparse.ArgumentTypeError(f"a time is 0 or more, not {text}")
     return number
 
 
@@ -39,8 +48,8 @@ def main():
     command.add_argument("microbatches", type=whole, metavar="MICROBATCHES")
     command.add_argument("--chunks", type=whole, help="chunks of the model on each stage (interleaved; default 2)")
     for name, what in ("forward", "a forward pass F"), ("backward", "the input's gradient B"), ("weight", "the weights' W"):
-        command.add_argument(f"--{name}", type=float, default=1.0, metavar="TIME", help=f"time of {what} (default 1)")
-    command.add_argument("--message", type=float, default=0.0, metavar="TIME", help="time of a message (default 0)")
+        command.add_argument(f"--{name}", type=time, default=1.0, metavar="TIME", help=f"time of {what} (default 1)")
+    command.add_argument("--message", type=time, default=0.0, metavar="TIME", help="time of a message (default 0)")
     command.add_argument("--out", metavar="FILE", help="also write a picture: .svg, .png or .pdf")
     command.set_defaults(run=draw)
     args = parser.parse_args()

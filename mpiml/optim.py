@@ -64,7 +64,8 @@ class Optimizer:
 
     def __init__(self, model, lr):
         if not hasattr(model, "vector"):
-            raise RuntimeError("this model has no memory yet: call model.init(seed) before making its optimizer")
+            raise RuntimeError("this model has no memory yet: call model.init(seed), or on a grid use what place(model, grid) "
+                               "returned, before making its optimizer")
         _require(callable(lr) or lr >= 0, "the learning rate must be a function or a number lr >= 0", lr)
         self.model = model
         self.lr = lr if callable(lr) else constant(lr)

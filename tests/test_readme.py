@@ -42,6 +42,13 @@ def test_the_hybrid_program(tmp_path):
     assert run.out.count("stage 0") == 3
 
 
+def test_the_schedule_of_ones_own():
+    run = subprocess.run([sys.executable, "-c", blocked("mpi4py") + BLOCKS[3]], capture_output=True, text=True, timeout=60)
+    *drawn, numbers = run.stdout.splitlines()
+    assert len(drawn) == 4 and drawn[0].startswith("stage 0 |F0 F1")
+    assert float(numbers.split()[0]) == pytest.approx(3 / 11) and "[8, 8, 8, 8]" in numbers, run.stderr
+
+
 def test_the_drawn_timelines():
     blocks = re.findall(r"^\$ python (-m mpiml draw .*)\n((?:.+\n)+)", (ROOT / "README.md").read_text(), re.M)
     assert len(blocks) == 2
@@ -51,7 +58,7 @@ def test_the_drawn_timelines():
         assert run.stdout == drawn.removesuffix("```\n")
 
 
-@pytest.mark.parametrize("block, printed", [(3, "[1.         0.54030231]\n"), (4, "[2. 2. 2.]\n")])
+@pytest.mark.parametrize("block, printed", [(4, "[1.         0.54030231]\n"), (5, "[2. 2. 2.]\n")])
 def test_the_new_op_and_the_new_layer(block, printed):
     run = subprocess.run([sys.executable, "-c", BLOCKS[block]], capture_output=True, text=True, timeout=60,
                          env=environment())

@@ -127,6 +127,11 @@ def test_lists_that_are_no_schedule(lists, message):
         check(lists, 1)
 
 
+def test_lists_of_something_else():
+    with pytest.raises(ScheduleError, match=r"stage 0 is to compute \('F', 0\): a schedule lists F\(microbatch, chunk\), B"):
+        simulate(lambda stage, stages, microbatches: [("F", 0)], 2, 2)
+
+
 def test_actions_of_different_kinds_are_different():
     assert F(0, 0) == F(0, 0) != B(0, 0)
     assert len({F(0, 0), B(0, 0), W(0, 0)}) == 3
@@ -191,6 +196,7 @@ def test_the_command_draws(tmp_path):
     assert run.returncode == 0, run.stderr
     assert run.stdout.count("stage ") == 4
     assert "bubble 11.1%" in run.stdout
+    assert "alive at most 5, 4.33333, 3.66667, 3\n" in run.stdout
     assert (tmp_path / "timeline.svg").exists()
     plain = command("draw", "one_f_one_b", "2", "3", "--backward", "0.5", "--weight", "0.5")
     assert plain.stdout.startswith("stage 0 |F0")
@@ -202,7 +208,7 @@ def test_the_command_draws(tmp_path):
     (["pipedream", "2", "3"], "invalid choice: 'pipedream'"),
     (["gpipe", "2", "3", "--chunks", "2"], "--chunks belongs to the interleaved schedule, not to gpipe"),
     (["gpipe", "2", "3", "--out", "no/such/folder/a.svg"], "No such file or directory"),
-    (["gpipe", "2", "3", "--forward", "-1"], "the cost is a number >= 0"),
+    (["gpipe", "2", "3", "--forward", "-1"], "argument --forward: a time is 0 or more, not -1"),
 ])
 def test_the_command_explains_what_is_wrong(words, message):
     run = command("draw", *words)

@@ -84,7 +84,7 @@ def gradient(model, loss, grid, microbatches=None, *, recompute=False, watch=Non
     lists = orders(model.schedule, grid.pipe, microbatches)
     if owners(lists) != model.owner:
         raise ScheduleError(f"with {microbatches} micro-batches the schedule has the chunks on the stages {owners(lists)}, but "
-                            f"with one, as the model was placed, on {model.owner}: a chunk stays where it is")
+                            f"when the model was placed they were on {model.owner}: a chunk stays where it is")
     grid.same("the schedule and the number of micro-batches", lists)
     recomputed = recompute if isinstance(recompute, bool) else grid.stage in recompute
     _same_weights(model, grid)

@@ -113,8 +113,8 @@ def place(model, grid, seed=0, dtype=np.float32, schedule=one_f_one_b, cuts=None
     seed : int
     dtype : float32 or float64
     schedule : function of (stage, stages, microbatches)
-        One of :mod:`mpiml.schedule`, or your own. It decides which stage holds which chunks of the model, and the
-        order in which :func:`mpiml.parallel.gradient` runs them.
+        One of :mod:`mpiml.schedule`, or your own. It decides which stage holds which chunks of the model (asked here for
+        two micro-batches for each stage), and the order in which :func:`mpiml.parallel.gradient` runs them.
     cuts : sequence of int, optional
         The layers with which chunk 1, chunk 2, ... begin. By default the largest chunk is as small as can be, by ...
     balance : Profile, or sequence of (layers,) numbers, optional
@@ -140,7 +140,10 @@ def place(model, grid, seed=0, dtype=np.float32, schedule=one_f_one_b, cuts=None
     TypeError
         The model is no Sequential, and the schedule has several chunks.
     """
-    owner = check(orders(schedule, grid.pipe, 1), 1)
+    if not callable(schedule):
+        raise TypeError(f"a schedule is a function, such as mpiml.schedule.one_f_one_b, not {schedule!r}")
+    microbatches = 2 * grid.pipe  # any number would do, and many schedules want as many as stages
+    owner = check(orders(schedule, grid.pipe, microbatches), microbatches)
     bounds = [(0, len(model) if isinstance(model, Sequential) else 1)]
     if len(owner) > 1:
         bounds = _bounds(model, owner, grid, cuts, balance, speeds)
@@ -156,7 +159,9 @@ def _bounds(model, owner, grid, cuts, balance, speeds):
     layers, chunks = len(model), len(owner)
     if layers < chunks:
         raise ValueError(f"a model of {layers} layers cannot be cut into {chunks} chunks for {grid.pipe} stages: "
-                         f"use fewer of them")
+                         f"use fewer stages, or a schedule with fewer chunks on each")
+    if cuts is not None and (balance is not None or speeds is not None):
+        raise ValueError("cuts says where to cut, balance and speeds are to find it out: give one or the other")
     if cuts is None:
         if balance is None:
             balance = [sum(p.size for p in model[i:i + 1].named().values()) for i in range(layers)]
@@ -167,10 +172,10 @@ def _bounds(model, owner, grid, cuts, balance, speeds):
         if len(speeds) != grid.pipe or min(speeds) <= 0:
             raise ValueError(f"speeds are {grid.pipe} numbers above 0, one for each stage, not {speeds}")
         cuts = partition(costs, [speeds[stage] for stage in owner])
-    ends = [0, *map(int, cuts), layers]
-    if len(cuts) != chunks - 1 or any(a >= b for a, b in itertools.pairwise(ends)):
-        raise ValueError(f"cuts are {chunks - 1} growing numbers of layers between 0 and {layers}, where {chunks} chunks "
-                         f"meet, not {list(cuts)}")
+    ends = [0, *map(int, np.atleast_1d(cuts)), layers]
+    if len(ends) != chunks + 1 or any(a >= b for a, b in itertools.pairwise(ends)):
+        raise ValueError(f"cuts takes {chunks - 1} growing numbers from 1 to {layers - 1}, the layers with which the chunks "
+                         f"after the first begin, not {ends[1:-1]}")
     bounds = list(itertools.pairwise(ends))
     home = {}
     for (start, stop), stage in zip(bounds, owner, strict=True):

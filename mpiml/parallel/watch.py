@@ -8,7 +8,7 @@ from time import perf_counter
 import numpy as np
 from mpi4py import MPI
 
-from mpiml.schedule import B, F, Span, Timeline, W, alive, costs, picture, simulate, text
+from mpiml.schedule import B, F, Span, Timeline, W, alive, costs, picture, replay, text
 
 _KINDS = (F, B, W)
 
@@ -118,7 +118,7 @@ class Watch:
         lengths = sorted((sent - begin, step) for step, (begin, sent, count) in steps.items() if count == most)
         return lengths[len(lengths) // 2][1]
 
-    def draw(self, grid, schedule, path=None, step=None):
+    def draw(self, grid, path=None, step=None):
         """The measured timeline of a step below the simulated one, for computations that took as long, and instant messages.
 
         To be called on all ranks together.
@@ -126,8 +126,6 @@ class Watch:
         Parameters
         ----------
         grid : mpiml.parallel.Grid
-        schedule : function of (stage, stages, microbatches)
-            The one that was run, ``model.schedule``.
         path : str, optional
             Rank 0 writes a picture to it (.svg, .png, .pdf), which needs matplotlib.
         step : int, optional
@@ -139,8 +137,7 @@ class Watch:
             Both as text, with their bubbles.
         """
         measured = self.timeline(grid, step)
-        microbatches = len({span.action.microbatch for spans in measured.spans for span in spans})
-        simulated = simulate(schedule, grid.pipe, microbatches, **costs(measured))
+        simulated = replay([[span.action for span in spans] for spans in measured.spans], **costs(measured))
         both = {"simulated": simulated, "measured": measured}
         if path and grid.rank == 0:
             picture(both, path, "s")

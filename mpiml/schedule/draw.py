@@ -103,6 +103,8 @@ def picture(timelines, path, unit=""):
     if unit:
         rows[-1].xaxis.set_major_formatter(EngFormatter(unit))
     names = {F: "forward", B: "backward", W: "weight gradients"}
-    figure.legend(handles=[Patch(color=_COLOURS[kind], label=names[kind]) for kind in names if kind in kinds],
-                  loc="outside upper right", ncols=3, frameon=False, fontsize=9)
+    patches = [Patch(color=_COLOURS[kind], label=names[kind]) for kind in names if kind in kinds]
+    if any(len(_held(spans)) > 1 for timeline in timelines.values() for spans in timeline.spans):
+        patches.append(Patch(color="#bbbbbb", alpha=0.5, label="lighter: a stage's later chunks"))
+    figure.legend(handles=patches, loc="outside upper right", ncols=4, frameon=False, fontsize=9)
     figure.savefig(path, dpi=150)

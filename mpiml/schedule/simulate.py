@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .orders import B, F, W
+from .orders import Action, B, F, W
 
 
 class Span(NamedTuple):
@@ -63,6 +63,9 @@ def owners(lists):
     owner = {}
     for stage, actions in enumerate(lists):
         for action in actions:
+            if not isinstance(action, Action):
+                raise ScheduleError(f"stage {stage} is to compute {action!r}: a schedule lists F(microbatch, chunk), B and W "
+                                    f"of mpiml.schedule")
             if owner.setdefault(action.chunk, stage) != stage:
                 raise ScheduleError(f"chunk {action.chunk} is held by stage {owner[action.chunk]}, but stage {stage} "
                                     f"computes {action}: a chunk belongs to one stage")
@@ -136,7 +139,14 @@ def simulate(schedule, stages, microbatches, forward=1.0, backward=1.0, weight=1
     if stages < 1 or microbatches < 1:
         raise ValueError(f"a pipeline has 1 stage and 1 micro-batch at least, not {stages} and {microbatches}")
     lists = orders(schedule, stages, microbatches)
-    owner = check(lists, microbatches)
+    check(lists, microbatches)
+    name = f"{getattr(schedule, '__name__', repr(schedule))} with {stages} stages and {microbatches} micro-batches"
+    return replay(lists, forward, backward, weight, message, name)
+
+
+def replay(lists, forward=1.0, backward=1.0, weight=1.0, message=0.0, name="this list"):
+    """The timeline of the lists of all stages; the costs are those of :func:`simulate`."""
+    owner = owners(lists)
     chunks = len(owner)
     forward, backward, weight = (_each("the cost", cost, chunks) for cost in (forward, backward, weight))
     message = _each("the time of a message", message, chunks - 1)
@@ -155,7 +165,7 @@ def simulate(schedule, stages, microbatches, forward=1.0, backward=1.0, weight=1
             return 0.0
         return message[min(before.chunk, action.chunk)]
 
-    done, spans, clock = {}, [[] for _ in lists], [0.0] * stages
+    done, spans, clock = {}, [[] for _ in lists], [0.0] * len(lists)
     progress = True
     while progress:
         progress = False
@@ -177,8 +187,7 @@ def simulate(schedule, stages, microbatches, forward=1.0, backward=1.0, weight=1
             missing = next(b for b in needs(action, chunks) if b not in done)
             waits.append(f"stage {stage} with {action}, entry {len(spans[stage])} of its list, waits for {missing} of "
                          f"stage {owner[missing.chunk]}")
-        name = getattr(schedule, "__name__", repr(schedule))
-        raise ScheduleError(f"{name} with {stages} stages and {microbatches} micro-batches never ends: " + "; ".join(waits))
+        raise ScheduleError(f"{name} never ends: " + "; ".join(waits))
     return Timeline(spans, [alive(actions) for actions in lists])
 
 
