@@ -152,7 +152,7 @@ def test_the_learning_rate_may_be_a_function_of_the_step(kind):
 
 
 def test_a_model_without_memory():
-    with pytest.raises(RuntimeError, match=r"no memory yet: call model\.init\(seed\), or on a grid use what place\(model, grid\) returned"):
+    with pytest.raises(RuntimeError, match=r"call model\.init\(seed\), or on a grid use what place\(model, grid\) returned"):
         Adam(Sequential(Linear(2, 2)))
 
 
