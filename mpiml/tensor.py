@@ -253,17 +253,16 @@ def backward(root, gradient=None, wrt=None, later=None):
         for argument, vjp in edges:
             key = id(argument)
             uses[key] -= 1
-            leaf = isinstance(argument, Tensor)
-            if leaf and later is not None and argument is not wrt:
-                later.append(functools.partial(_contribute, argument, vjp, g))
-                continue
-            part = vjp(g)
-            _check(part, argument, vjp.__qualname__)
-            if leaf:
-                _accumulate(argument, part)
+            if isinstance(argument, Tensor):
+                if later is not None and argument is not wrt:
+                    later.append(functools.partial(_contribute, argument, vjp, g))
+                    continue
+                _contribute(argument, vjp, g)
                 if not uses[key]:
                     yield argument
             else:
+                part = vjp(g)
+                _check(part, argument, vjp.__qualname__)
                 gradients[key] = gradients[key] + part if key in gradients else part
                 if not uses[key]:
                     ready.append(argument)

@@ -181,7 +181,6 @@ def test_pictures(tmp_path):
 
 def test_a_picture_without_matplotlib_says_what_to_install(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    monkeypatch.setitem(sys.modules, "matplotlib.backends.backend_agg", None)
     with pytest.raises(ImportError, match=r"pip install 'mpiml\[draw\]'"):
         picture({"one": simulate(gpipe, 2, 2)}, tmp_path / "timeline.png")
 

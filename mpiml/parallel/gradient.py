@@ -109,7 +109,7 @@ def gradient(model, loss, grid, microbatches=None, *, recompute=False, watch=Non
         sums[:] = 0
         parts = [share(len(x), m, microbatches, multiple) for m in range(microbatches)]
         actions = mine
-        if parts[0][1] == 0 or len(x) < microbatches * multiple:  # some are empty, and left out by all stages alike
+        if len(x) < microbatches * multiple:  # some may be empty, and are left out by all stages alike
             actions = [a for a in mine if parts[a.microbatch][0] < parts[a.microbatch][1]]
         local = interpreter.run(actions, x, y, parts, number, first)
         sums[-2:] = local, len(x)

@@ -67,15 +67,13 @@ def picture(timelines, path, unit=""):
         matplotlib is not installed.
     """
     try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg  # no window, no state shared with the caller's plots
-        from matplotlib.figure import Figure
+        from matplotlib.figure import Figure  # not pyplot: no window, no state shared with the caller's plots
         from matplotlib.patches import Patch
         from matplotlib.ticker import EngFormatter
     except ImportError as error:
         raise ImportError("pictures of timelines are drawn by matplotlib: pip install 'mpiml[draw]'") from error
     stages = sum(len(timeline.spans) for timeline in timelines.values())
     figure = Figure(figsize=(12, 0.9 + 0.42 * stages + 0.7 * len(timelines)), layout="constrained")
-    FigureCanvasAgg(figure)
     heights = [len(timeline.spans) for timeline in timelines.values()]
     rows = figure.subplots(len(timelines), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
     longest = max(timeline.makespan for timeline in timelines.values())
