@@ -1,62 +1,46 @@
-"""The affine map ``x W' + b`` and the gradients for its three arguments."""
+"""Matrix products: the affine map ``x W' + b`` with its three gradients, and the product of stacks of matrices.
 
-import math
+Fastest where ``weight`` (out, in) lies in memory with its outputs side by side, ``np.asfortranarray(weight)``: then
+both the map and the gradient for the weight read and write it in the order in which it lies.
+"""
 
 import numpy as np
 
+from .gemm import gemm
 from .jit import kernel
+from .public import check_dtypes, output, public, refuse
 
 
-@kernel
-def _add_bias(y, bias):
-    for i in range(y.shape[0]):
-        for j in range(y.shape[1]):
-            y[i, j] += bias[j]
+@kernel(exact=True, reads="a b", writes="c")
+def _matmul(a, b, c, add):
+    """c = a b for each matrix of three stacks, or c += a b; a stack of one serves all."""
+    size = c.itemsize
+    a_row, a_step, b_step, b_column = a.strides[1] // size, a.strides[2] // size, b.strides[1] // size, b.strides[2] // size
+    c_row, c_column = c.strides[1] // size, c.strides[2] // size
+    for s in range(len(c)):
+        ai, bi, ci = s % len(a) * a.strides[0] // size, s % len(b) * b.strides[0] // size, s * c.strides[0] // size
+        if c_column == 1 or c.shape[2] == 1:
+            gemm(a, ai, a_row, a_step, b, bi, b_step, b_column, c, ci, c_row, c.shape[1], a.shape[2], c.shape[2], add)
+        elif c_row == 1 or c.shape[1] == 1:  # c' = b' a'
+            gemm(b, bi, b_column, b_step, a, ai, a_step, a_row, c, ci, c_column, c.shape[2], a.shape[2], c.shape[1], add)
+        else:
+            whole = np.ascontiguousarray(c[s])
+            gemm(a, ai, a_row, a_step, b, bi, b_step, b_column, whole, 0, whole.shape[1], c.shape[1], a.shape[2], c.shape[2], add)
+            c[s] = whole
 
 
-@kernel
-def _sum_rows(g, out):
-    out[:] = 0
-    for i in range(g.shape[0]):
-        for j in range(g.shape[1]):
-            out[j] += g[i, j]
-
-
-def _rows(x):
-    return np.ascontiguousarray(x).reshape(math.prod(x.shape[:-1]), x.shape[-1])  # -1 fails for 0 features
-
-
-def linear(x, weight, bias=None):
-    """``x @ weight.T + bias``.
-
-    Parameters
-    ----------
-    x : (..., in_features) array, float32 or float64
-    weight : (out_features, in_features) array of the same dtype
-    bias : (out_features,) array, optional
-
-    Returns
-    -------
-    (..., out_features) array
-    """
-    y = np.dot(_rows(x), weight.T)
-    if bias is not None:
-        _add_bias(y, bias)
-    return y.reshape(*x.shape[:-1], len(weight))
-
-
-def linear_vjp_x(g, weight):
-    """Gradient for x, (..., in_features), from ``g`` (..., out_features)."""
-    return np.dot(_rows(g), weight).reshape(*g.shape[:-1], weight.shape[1])
-
-
-def linear_vjp_weight(g, x):
-    """Gradient for weight, (out_features, in_features)."""
-    return np.dot(_rows(g).T, _rows(x))
-
-
-def linear_vjp_bias(g):
-    """Gradient for bias, (out_features,): the sum of ``g`` over all but its last axis."""
-    out = np.empty(g.shape[-1], g.dtype)
-    _sum_rows(_rows(g), out)
-    return out
+@kernel(exact=True, reads="x weight bias", writes="y")
+def _linear(x, weight, bias, relu, y):
+    size = y.itemsize
+    rows, outputs = y.shape
+    y_row = y.strides[0] // size
+    if bias.size:
+        for i in range(rows):
+            for j in range(outputs):
+                y[i, j] = bias[j]
+    gemm(x, 0, x.strides[0] // size, x.strides[1] // size, weight, 0, weight.strides[1] // size, weight.strides[0] // size,
+         y, 0, y_row, rows, x.shape[1], outputs, bias.size > 0)
+    if relu:
+        for i in range(rows):
+            for j in range(outputs):
+                y[i, j] = y[i, j] if y[i, j] > 0 or y[i, j] != y[i, j] else y.dtype.type(0)

@@ -10,6 +10,8 @@ a home, or a process killed between the two after an update of this package, lea
 wrong code. So here a file is written first, under a name that belongs to its contents alone.
 """
 
+import contextlib
+import functools
 import hashlib
 import os
 import sys
@@ -88,22 +90,43 @@ class _NodeCache(FunctionCache):
         return code
 
 
-def kernel(function):
-    """Compile ``function`` with numba at its first call: no Python objects, no GIL, cached on disk."""
-    dispatcher = numba.njit(nogil=True, error_model="numpy", fastmath=FASTMATH)(function)
-    try:
-        dispatcher._cache = _NodeCache(function)
-    except RuntimeError:
-        return dispatcher  # no writable place for a cache: compile in every process
-    compile_ = dispatcher.compile
+def kernel(function=None, *, exact=False, reads="", writes=""):
+    """Compile ``function`` with numba at its first call: no Python objects, no GIL, cached on disk.
 
-    def compile_once(sig):
+    Parameters
+    ----------
+    exact : bool
+        Keep every operation as written: for kernels that say themselves what is fused and in which order sums
+        are taken. Otherwise sums may be reordered, so that plain loops become vector instructions.
+    reads, writes : str
+        Names of array parameters that may have any strides, and that this kernel reads or writes. Numba would
+        compile anew for each combination of memory layouts and of read-only arrays; for these it compiles once.
+    """
+    if function is None:
+        return functools.partial(kernel, exact=exact, reads=reads, writes=writes)
+    dispatcher = numba.njit(nogil=True, error_model="numpy", fastmath=False if exact else FASTMATH)(function)
+    names = function.__code__.co_varnames[:function.__code__.co_argcount]
+    any_strides = {names.index(name): name in reads.split() for name in (reads + " " + writes).split()}
+    with contextlib.suppress(RuntimeError):  # no writable place for a cache: compile in every process
+        dispatcher._cache = _NodeCache(function)
+    compile_ = dispatcher.compile
+    known = set()
+
+    def compile_once(signature):
+        given, result = numba.core.sigutils.normalize_signature(signature)
+        wanted = tuple(
+            numba.types.Array(a.dtype, a.ndim, "A", readonly=any_strides[i]) if isinstance(a, numba.types.Array)
+            and i in any_strides and (any_strides[i] or a.mutable) else a for i, a in enumerate(given))
         with global_compiler_lock:  # the lock counts for this process: one thread at a time
             depth = _lock.depth
             try:
-                return compile_(sig)
+                entry = compile_(wanted if result is None else result(*wanted))
             finally:
                 _lock.release_to(depth)
+        if wanted != given and given not in known:
+            known.add(given)
+            dispatcher._insert([a._code for a in given], entry)  # the next such call finds it at once
+        return entry
 
     dispatcher.compile = compile_once
     return dispatcher

@@ -1,0 +1,119 @@
+"""The matrix product: one register tile, moved over the result.
+
+The ladder, float32, 128 x 784 times 784 x 128 on one core (`make bench` prints it for yours):
+
+1. Three nested loops, as in a textbook, the inner one a dot product: every multiplication waits for the addition
+   before it.
+2. The loop over columns innermost: vector instructions, but every one of them loads and stores the result.
+3. A tile of the result, ROWS x VECTORS registers, is kept in registers while the inner dimension passes by. Each
+   step loads one row of ``b`` and one column of ``a`` and makes ROWS * VECTORS independent multiply-adds of them
+   (an outer product): enough to hide each other's latency. This is where nine tenths of the peak come from.
+4. What is left are edges (a masked vector, tiles of 4, 2 and 1 rows) and, for matrices larger than the cache,
+   blocks: a block of ``b`` is copied to where its rows are consecutive and stay in cache. (Goto and van de Geijn
+   2008, "Anatomy of high-performance matrix multiplication".)
+
+Every element of the result is ``((0 + a[i,0] b[0,j]) + a[i,1] b[1,j]) + ...``, each step rounded once, whatever the
+tile or the block it falls into: its bits are a function of its row, its column and nothing else.
+"""
+
+import numpy as np
+
+from .jit import kernel
+from .simd import REGISTER, at, lanes, load_row, load_tile, outer, store_tile, turn, zero_tile
+
+# The registers of AVX-512 and NEON (32) and of AVX2 (16) hold these tiles and one row and column besides.
+ROWS, VECTORS = {64: (8, 2), 32: (6, 2), 16: (6, 4)}[REGISTER]
+INNER = 256  # rows of a packed block of b
+OUTER = 512  # its columns
+DIRECT = 1 << 19  # bytes of b up to which it is read where it lies
+
+
+def make_tile(rows, vectors, masked):
+    """A kernel for one tile of the result, with as many rows and vectors a row; the last vectors may be masked."""
+    size = rows * vectors
+
+    @kernel(exact=True)
+    def tile(a, ai, a_row, a_step, b, bi, b_step, c, ci, c_row, inner, columns, add):
+        count = columns if masked else None
+        acc = load_tile(c, ci, c_row, count, size, vectors) if add else zero_tile(c, size)
+        for _ in range(inner):
+            acc = outer(acc, a, ai, a_row, load_row(b, bi, count, vectors))
+            ai += a_step
+            bi += b_step
+        store_tile(acc, c, ci, c_row, count, vectors)
+
+    return tile
+
+
+_full = make_tile(ROWS, VECTORS, False)
+_edge = make_tile(ROWS, VECTORS, True)
+_four, _two, _one = (make_tile(rows, VECTORS, True) for rows in (4, 2, 1))
+
+
+@kernel(exact=True)
+def column_of_tiles(a, ai, a_row, a_step, b, bi, b_step, c, ci, c_row, rows, inner, columns, add):
+    """``rows`` x ``columns`` elements of ``c``, at most one tile wide; arguments are flat positions and strides."""
+    wide = columns == VECTORS * lanes(c)
+    i = 0
+    while i < rows:
+        here, there, left = ai + i * a_row, ci + i * c_row, rows - i
+        if left >= ROWS:
+            if wide:
+                _full(a, here, a_row, a_step, b, bi, b_step, c, there, c_row, inner, columns, add)
+            else:
+                _edge(a, here, a_row, a_step, b, bi, b_step, c, there, c_row, inner, columns, add)
+            i += ROWS
+        elif left >= 4:
+            _four(a, here, a_row, a_step, b, bi, b_step, c, there, c_row, inner, columns, add)
+            i += 4
+        elif left >= 2:
+            _two(a, here, a_row, a_step, b, bi, b_step, c, there, c_row, inner, columns, add)
+            i += 2
+        else:
+            _one(a, here, a_row, a_step, b, bi, b_step, c, there, c_row, inner, columns, add)
+            i += 1
+
+
+@kernel(exact=True)
+def _pack(b, bi, b_step, b_column, inner, columns, panel):
+    """Copy a block of ``b`` to panels of one tile's width, in which a row follows a row."""
+    width = VECTORS * lanes(b)
+    square = lanes(b)
+    for j in range(0, columns, width):
+        to = j * inner
+        n = min(width, columns - j)
+        k = 0
+        if b_column != 1 and b_step == 1:  # b is the transpose of an array: squares of it turned round in registers
+            while k + square <= inner:
+                for jj in range(0, n, square):
+                    if jj + square <= n:
+                        turn(b, bi + k + (j + jj) * b_column, b_column, panel, to + k * width + jj, width)
+                    else:
+                        for kk in range(k, k + square):
+                            for m in range(jj, n):
+                                panel[to + kk * width + m] = at(b, bi + kk + (j + m) * b_column)
+                k += square
+        while k < inner:
+            for m in range(n):
+                panel[to + k * width + m] = at(b, bi + k * b_step + (j + m) * b_column)
+            k += 1
+
+
+@kernel(exact=True)
+def gemm(a, ai, a_row, a_step, b, bi, b_step, b_column, c, ci, c_row, rows, inner, columns, add):
+    """c = a b, or c += a b: ``c[i, j]`` at flat position ``ci + i * c_row + j``, ``a`` and ``b`` of any strides."""
+    width = VECTORS * lanes(c)
+    direct = b_column == 1 and inner * columns * c.itemsize <= DIRECT
+    if direct or inner == 0:
+        for j in range(0, columns, width):
+            column_of_tiles(a, ai, a_row, a_step, b, bi + j, b_step, c, ci + j, c_row, rows, inner, min(width, columns - j), add)
+        return
+    panel = np.empty(min(inner, INNER) * (min(columns, OUTER) + width), c.dtype)
+    for j0 in range(0, columns, OUTER):
+        n = min(OUTER, columns - j0)
+        for k0 in range(0, inner, INNER):
+            depth = min(INNER, inner - k0)
+            _pack(b, bi + k0 * b_step + j0 * b_column, b_step, b_column, depth, n, panel)
+            for j in range(0, n, width):
+                column_of_tiles(a, ai + k0 * a_step, a_row, a_step, panel, j * depth, width, c, ci + j0 + j, c_row, rows, depth,
+                                min(width, n - j), add or k0 > 0)
