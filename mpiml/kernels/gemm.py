@@ -19,7 +19,7 @@ tile or the block it falls into: its bits are a function of its row, its column 
 import numpy as np
 
 from .jit import kernel
-from .simd import REGISTER, at, lanes, load_row, load_tile, outer, store_tile, turn, zero_tile
+from .simd import REGISTER, at, lanes, load_row, load_tile, out_of_line, outer, store_tile, turn, zero_tile
 
 # The registers of AVX-512 and NEON (32) and of AVX2 (16) hold these tiles and one row and column besides.
 ROWS, VECTORS = {64: (8, 2), 32: (6, 2), 16: (6, 4)}[REGISTER]
@@ -50,9 +50,10 @@ _edge = make_tile(ROWS, VECTORS, True)
 _four, _two, _one = (make_tile(rows, VECTORS, True) for rows in (4, 2, 1))
 
 
-@kernel(exact=True)
+@kernel(exact=True, reads="a b", writes="c")
 def column_of_tiles(a, ai, a_row, a_step, b, bi, b_step, c, ci, c_row, rows, inner, columns, add):
     """``rows`` x ``columns`` elements of ``c``, at most one tile wide; arguments are flat positions and strides."""
+    out_of_line()
     wide = columns == VECTORS * lanes(c)
     i = 0
     while i < rows:
@@ -75,8 +76,15 @@ def column_of_tiles(a, ai, a_row, a_step, b, bi, b_step, c, ci, c_row, rows, inn
 
 
 @kernel(exact=True)
+def _turn(a, i, a_row, b, j, b_row):
+    out_of_line()
+    turn(a, i, a_row, b, j, b_row)
+
+
+@kernel(exact=True)
 def _pack(b, bi, b_step, b_column, inner, columns, panel):
     """Copy a block of ``b`` to panels of one tile's width, in which a row follows a row."""
+    out_of_line()
     width = VECTORS * lanes(b)
     square = lanes(b)
     for j in range(0, columns, width):
@@ -87,7 +95,7 @@ def _pack(b, bi, b_step, b_column, inner, columns, panel):
             while k + square <= inner:
                 for jj in range(0, n, square):
                     if jj + square <= n:
-                        turn(b, bi + k + (j + jj) * b_column, b_column, panel, to + k * width + jj, width)
+                        _turn(b, bi + k + (j + jj) * b_column, b_column, panel, to + k * width + jj, width)
                     else:
                         for kk in range(k, k + square):
                             for m in range(jj, n):
@@ -99,21 +107,24 @@ def _pack(b, bi, b_step, b_column, inner, columns, panel):
             k += 1
 
 
-@kernel(exact=True)
+@kernel(exact=True, reads="a b", writes="c")
 def gemm(a, ai, a_row, a_step, b, bi, b_step, b_column, c, ci, c_row, rows, inner, columns, add):
     """c = a b, or c += a b: ``c[i, j]`` at flat position ``ci + i * c_row + j``, ``a`` and ``b`` of any strides."""
+    out_of_line()
     width = VECTORS * lanes(c)
     direct = b_column == 1 and inner * columns * c.itemsize <= DIRECT
     if direct or inner == 0:
         for j in range(0, columns, width):
-            column_of_tiles(a, ai, a_row, a_step, b, bi + j, b_step, c, ci + j, c_row, rows, inner, min(width, columns - j), add)
+            column_of_tiles(a, ai, a_row, a_step, b, bi + j, b_step, c, ci + j, c_row, rows, inner,
+                            min(width, columns - j), add)
         return
     panel = np.empty(min(inner, INNER) * (min(columns, OUTER) + width), c.dtype)
+    flat = panel.reshape((1, panel.size))
     for j0 in range(0, columns, OUTER):
         n = min(OUTER, columns - j0)
         for k0 in range(0, inner, INNER):
             depth = min(INNER, inner - k0)
             _pack(b, bi + k0 * b_step + j0 * b_column, b_step, b_column, depth, n, panel)
             for j in range(0, n, width):
-                column_of_tiles(a, ai + k0 * a_step, a_row, a_step, panel, j * depth, width, c, ci + j0 + j, c_row, rows, depth,
-                                min(width, n - j), add or k0 > 0)
+                column_of_tiles(a, ai + k0 * a_step, a_row, a_step, flat, j * depth, width, c, ci + j0 + j, c_row, rows,
+                                depth, min(width, n - j), add or k0 > 0)

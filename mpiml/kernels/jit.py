@@ -1,24 +1,38 @@
 """``@kernel``: how this package compiles a function, once per node, for everybody on it.
 
-Numba compiles a kernel when it is first called with new dtypes, and keeps the machine code in a cache on
-disk. That cache has no lock: two processes that compile at once do the work twice. So the process that finds
-the cache without an entry takes a lock of its node (a file lock, freed by the system whatever happens to the
-process), looks again, and compiles only if nobody did so meanwhile.
+Numba compiles a kernel when it is first called with new dtypes, and keeps the machine code in a cache on disk: in
+``NUMBA_CACHE_DIR`` if that is set, else beside the source, else in the user's cache folder; without any place to
+write, every process compiles for itself. What this file adds:
 
-The files of that cache are numbered, and its index is written before them: nodes of different CPUs that share
-a home, or a process killed between the two after an update of this package, leave an index that points at the
-wrong code. So here a file is written first, under a name that belongs to its contents alone.
+- *Once per node.* The cache has no lock: two processes that compile at once do the work twice. So the process that
+  finds no entry takes a lock of its node (a file lock, freed by the system whatever happens to the process), looks
+  again, and compiles only if nobody did so meanwhile.
+- *Never stale.* Numba looks at the file of a kernel alone, but functions of other files are compiled into it. Here an
+  entry counts only for the same text of all the files that the kernel's file imports from its folder.
+- *Never broken.* Numba numbers its files and writes the index before them: nodes of different CPUs that share a home,
+  or a process killed between the two, leave an index that points at the wrong code. Here a file is written first and
+  named by its contents, so that an index can point at the right file or at none. What cannot be read is compiled anew.
+- *Shared.* Where the package lies in a folder that cannot be written, entries that lie there are used all the same:
+  ``python -m mpiml warmup``, run by who may write there, compiles for all.
+
+``MPIML_REQUIRE_CACHE=1`` makes it an error to compile, for checks that a start is warm.
 """
 
+import atexit
 import contextlib
 import functools
+import glob
 import hashlib
 import os
+import re
 import sys
 import tempfile
+import types
+from time import perf_counter, time
 
 import numba
-from numba.core.caching import FunctionCache, IndexDataCacheFile
+from numba.core import config, serialize
+from numba.core.caching import FunctionCache, IndexDataCacheFile, NullCache
 from numba.core.compiler_lock import global_compiler_lock
 
 from mpiml import cores
@@ -31,6 +45,7 @@ except ImportError:  # Windows: processes compile side by side, as numba does by
 # Sums may be reordered and multiplications fused, which is what makes loops vectorise; NaN and infinity keep
 # their meaning, since a diverging run must show as one.
 FASTMATH = {"contract", "reassoc", "nsz", "arcp"}
+_DAY = 24 * 3600
 
 
 class _NodeLock:
@@ -39,18 +54,13 @@ class _NodeLock:
     def __init__(self):
         self.depth = 0
         self._file = None
-        self._said = False
 
     def acquire(self):
         if self.depth == 0 and fcntl is not None:
-            self._say()
-            user = os.getuid()
-            path = os.path.join(tempfile.gettempdir(), f"mpiml-{user}.lock")
-            try:
+            with contextlib.suppress(OSError):  # no place for a lock: compile all the same
+                path = os.path.join(tempfile.gettempdir(), f"mpiml-{os.getuid()}.lock")
                 self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
                 fcntl.flock(self._file, fcntl.LOCK_EX)
-            except OSError:
-                pass  # no place for a lock: compile all the same
         self.depth += 1
 
     def release_to(self, depth):
@@ -59,35 +69,175 @@ class _NodeLock:
             self._file = None
         self.depth = depth
 
-    def _say(self):
-        if not self._said and cores.rank_on_node() == 0:
-            print("mpiml: compiling kernels for this CPU (first use only)", file=sys.stderr, flush=True)
-        self._said = True
+
+class _Report:
+    """Tells on stderr, once per node, that kernels are compiled, which, and for how long.
+
+    On a terminal a line shows the kernel at work and goes when it is done; elsewhere one line stands at the start.
+    """
+
+    def __init__(self):
+        self.count, self.seconds, self._started = 0, 0.0, None
+
+    @property
+    def idle(self):
+        return self._started is None
+
+    def start(self, name):
+        if self._started is not None or cores.rank_on_node():
+            return
+        self._started = perf_counter()
+        text = "mpiml: compiling kernels for this CPU (first use only)"
+        if sys.stderr.isatty():
+            print(f"\r{text}: {name.strip('_')}\033[K", end="", file=sys.stderr, flush=True)
+        elif not self.count:
+            print(text, file=sys.stderr, flush=True)
+        if not self.count:
+            atexit.register(self._end)
+        self.count += 1
+
+    def stop(self):
+        if self._started is not None:
+            self.seconds += perf_counter() - self._started
+            self._started = None
+            if sys.stderr.isatty():
+                print("\r\033[K", end="", file=sys.stderr, flush=True)
+
+    def _end(self):
+        with contextlib.suppress(OSError, ValueError):  # stderr may be closed by now
+            print(f"mpiml: compiled {self.count} kernel{'s' * (self.count > 1)} in {self.seconds:.1f} s; from now on they "
+                  f"are loaded", file=sys.stderr, flush=True)
 
 
-_lock = _NodeLock()
+_lock, _report = _NodeLock(), _Report()
 
 
-class _CacheFiles(IndexDataCacheFile):
+@functools.cache
+def _read(path):
+    with open(path, "rb") as file:
+        return file.read()
+
+
+@functools.cache
+def _digest(path):
+    """Of a source file and all the files it imports, directly or not, from its folder; elsewhere also of this package."""
+    here, path = os.path.dirname(os.path.abspath(__file__)), os.path.abspath(path)
+    paths = [path] if os.path.dirname(path) == here else [path, os.path.join(here, "__init__.py")]
+    texts = {}
+    while paths:
+        path = paths.pop()
+        if path not in texts:
+            texts[path] = b""
+            with contextlib.suppress(OSError):  # no such file: a notebook, a package without sources
+                texts[path] = _read(path)
+            paths += [os.path.join(os.path.dirname(path), name.decode() + ".py")
+                      for name in re.findall(rb"^\s*from \.(\w+) import", texts[path], re.MULTILINE)]
+    return hashlib.blake2b(b"\0".join(texts[path] for path in sorted(texts)), digest_size=16).hexdigest()
+
+
+class _Files(IndexDataCacheFile):
+    """The entries of one kernel in one folder: an index and a file for each, named by its contents."""
+
+    def load(self, key):
+        try:
+            name = self._load_index().get(key)
+            if name is None:
+                return None
+            with open(self._data_path(name), "rb") as file:
+                if self._name_of(file.read()) == name:
+                    return self._load_data(name)
+        except Exception:  # noqa: S110  whatever is wrong with a file, compiling helps
+            pass
+        return None
+
     def save(self, key, data):
-        digest = hashlib.blake2b(repr((self._source_stamp, key)).encode(), digest_size=8).digest()
-        name = self._data_name(int.from_bytes(digest, "little"))
+        try:
+            entries = self._load_index()
+        except Exception:  # as above
+            entries = {}
+        data = self._dump(data)
+        name = self._name_of(data)
         self._save_data(name, data)
-        self._save_index({**self._load_index(), key: name})
+        entries[key] = name
+        self._save_index(entries)
+        for path in glob.glob(os.path.join(glob.escape(self._cache_path), self._data_name_pattern.replace("{number:d}", "*"))):
+            with contextlib.suppress(OSError):  # older texts of the kernel; another node may be about to list a new file
+                if os.path.basename(path) not in entries.values() and os.stat(path).st_mtime < time() - _DAY:
+                    os.unlink(path)
+
+    def _dump(self, data):
+        return data if isinstance(data, bytes) else super()._dump(data)
+
+    def _name_of(self, data):
+        return self._data_name(int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little"))
+
+
+def _miss(name, signature, place):
+    """What must happen before the compiler is called."""
+    if os.environ.get("MPIML_REQUIRE_CACHE", "0") not in ("", "0"):
+        raise RuntimeError(f"MPIML_REQUIRE_CACHE is set, but {place} does not have the kernel {name} for {signature} "
+                           f"on this CPU: run python -m mpiml warmup")
+    _report.start(name)
+
+
+class _NoCache(NullCache):
+    """Where no folder can be written."""
+
+    def __init__(self, function):
+        self._name = function.__name__
+
+    def load_overload(self, sig, target_context):
+        _miss(self._name, sig, "a machine without a folder for the cache")
 
 
 class _NodeCache(FunctionCache):
+    """Numba's cache of one kernel, with the files above; compiling goes through the lock of the node."""
+
     def __init__(self, function):
         super().__init__(function)
-        old = self._cache_file
-        self._cache_file = _CacheFiles(old._cache_path, self._impl.filename_base, old._source_stamp)
+        source = function.__code__.co_filename
+        base = f"{self._impl.filename_base}.numba{numba.__version__}"
+        stamp = _digest(source), self._impl.locator.get_source_stamp()
+        self._cache_file = _Files(self._cache_path, base, stamp)
+        common = os.path.join(os.path.dirname(source), "__pycache__")  # perhaps filled by who may write there
+        self._common = None if common == self._cache_path or config.CACHE_DIR else _Files(common, base, stamp)
 
     def load_overload(self, sig, target_context):
-        code = super().load_overload(sig, target_context)
+        code = self._load(sig, target_context)
         if code is None:
+            _miss(self._py_func.__name__, sig, f"the cache in {self._cache_path}")
             _lock.acquire()
-            code = super().load_overload(sig, target_context)
+            code = self._load(sig, target_context)
         return code
+
+    def _load(self, sig, target_context):
+        code = super().load_overload(sig, target_context)
+        if code is None and self._common:
+            data = self._common.load(self._index_key(sig, target_context.codegen()))
+            code = None if data is None else self._impl.rebuild(target_context, data)
+        return code
+
+    def save_overload(self, sig, data):
+        with contextlib.suppress(OSError):  # a full disk: this process goes on with what it has compiled
+            super().save_overload(sig, data)
+
+    def _index_key(self, sig, codegen):
+        # Numba pickles what a kernel closes over, and another kernel in there differs in every process.
+        return sig, codegen.magic_tuple(), _describe(self._py_func)
+
+
+def _describe(value):
+    """A text for what a kernel closes over, the same in every process."""
+    value = getattr(value, "py_func", getattr(value, "_defn", value))  # of a kernel; of an intrinsic
+    if isinstance(value, types.FunctionType):
+        code = hashlib.blake2b(value.__code__.co_code, digest_size=8).hexdigest()
+        cells = ", ".join(_describe(cell.cell_contents) for cell in value.__closure__ or ())
+        return f"{value.__module__}.{value.__qualname__} {code} ({cells})"
+    if isinstance(value, (tuple, list)):
+        return f"({', '.join(map(_describe, value))})"
+    if value is None or isinstance(value, (int, float, str, type, numba.types.Type)):
+        return repr(value)
+    return hashlib.blake2b(serialize.dumps(value), digest_size=8).hexdigest()
 
 
 def kernel(function=None, *, exact=False, reads="", writes=""):
@@ -104,25 +254,36 @@ def kernel(function=None, *, exact=False, reads="", writes=""):
     """
     if function is None:
         return functools.partial(kernel, exact=exact, reads=reads, writes=writes)
-    dispatcher = numba.njit(nogil=True, error_model="numpy", fastmath=False if exact else FASTMATH)(function)
+    dispatcher = numba.njit(nogil=True, error_model="numpy", no_cfunc_wrapper=True,
+                            fastmath=False if exact else FASTMATH)(function)
     names = function.__code__.co_varnames[:function.__code__.co_argcount]
     any_strides = {names.index(name): name in reads.split() for name in (reads + " " + writes).split()}
-    with contextlib.suppress(RuntimeError):  # no writable place for a cache: compile in every process
-        dispatcher._cache = _NodeCache(function)
     compile_ = dispatcher.compile
-    known = set()
+    known, caches = set(), []  # looking for a folder takes time, so it waits for the first call
+
+    def general(i, kind):
+        """The type that the kernel is compiled for where its argument ``i`` is of this kind."""
+        if i in any_strides and isinstance(kind, numba.types.Array) and (any_strides[i] or kind.mutable):
+            return numba.types.Array(kind.dtype, kind.ndim, "A", readonly=any_strides[i])
+        return numba.types.unliteral(kind)  # a number written in a call is no reason to compile for it alone
 
     def compile_once(signature):
         given, result = numba.core.sigutils.normalize_signature(signature)
-        wanted = tuple(
-            numba.types.Array(a.dtype, a.ndim, "A", readonly=any_strides[i]) if isinstance(a, numba.types.Array)
-            and i in any_strides and (any_strides[i] or a.mutable) else a for i, a in enumerate(given))
+        wanted = tuple(general(i, kind) for i, kind in enumerate(given))
         with global_compiler_lock:  # the lock counts for this process: one thread at a time
-            depth = _lock.depth
+            if not caches:
+                try:
+                    caches.append(_NodeCache(function))
+                except RuntimeError:
+                    caches.append(_NoCache(function))
+                dispatcher._cache = caches[0]
+            depth, outermost = _lock.depth, _report.idle
             try:
                 entry = compile_(wanted if result is None else result(*wanted))
             finally:
                 _lock.release_to(depth)
+                if outermost:
+                    _report.stop()
         if wanted != given and given not in known:
             known.add(given)
             dispatcher._insert([a._code for a in given], entry)  # the next such call finds it at once

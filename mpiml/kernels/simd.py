@@ -223,6 +223,21 @@ def store_part(typing, a, i, v, count):
 
 
 @intrinsic
+def out_of_line(typing):
+    """Compile the function that says so once, and let its callers call it, instead of a copy in each of them.
+
+    For functions of explicit vectors: their loops are not unrolled or turned into vectors once more either, which is
+    where most of the time of compiling goes.
+    """
+    def code(context, builder, signature, args):
+        builder.function.attributes.add("noinline")
+        builder.function.attributes.add("optsize")
+        return context.get_dummy_value()
+
+    return types.none(), code
+
+
+@intrinsic
 def splat(typing, x):
     """The vector with the float32 or float64 ``x`` in all lanes."""
     kind = Vector(x)
@@ -260,6 +275,8 @@ sqrt = _lanewise("sqrt", 1, lambda builder, kind, a: _call(builder, "sqrt", kind
 rint = _lanewise("rint", 1, lambda builder, kind, a: _call(builder, "rint", kind, a))
 rint.__doc__ = "The nearest integer, as a float; halves go to the even one."
 fabs = _lanewise("fabs", 1, lambda builder, kind, a: _call(builder, "fabs", kind, a))
+copysign = _lanewise("copysign", 2, lambda builder, kind, a, b: _call(builder, "copysign", kind, a, b))
+copysign.__doc__ = "The size of ``a`` with the sign of ``b``."
 maximum = _lanewise("maximum", 2, lambda builder, kind, a, b: builder.select(builder.fcmp_ordered(">", a, b), a, b))
 maximum.__doc__ = "The larger one; ``b`` where either is NaN."
 minimum = _lanewise("minimum", 2, lambda builder, kind, a, b: builder.select(builder.fcmp_ordered("<", a, b), a, b))
@@ -267,12 +284,13 @@ minimum.__doc__ = "The smaller one; ``b`` where either is NaN."
 
 
 def _power_of_two(builder, kind, n):
-    # The bits of 2**n: the exponent's field alone.
+    # A large number added, n + bias stands in the last bits of the sum; moved up, it is the exponent's field.
     bits = kind.dtype.bitwidth
     mantissa, bias = (23, 127) if bits == 32 else (52, 1023)
     integers = ir.VectorType(ir.IntType(bits), kind.lanes)
-    biased = builder.add(builder.fptosi(n, integers), ir.Constant(integers, [bias] * kind.lanes))
-    return builder.bitcast(builder.shl(biased, ir.Constant(integers, [mantissa] * kind.lanes)), n.type)
+    moved = builder.fadd(n, ir.Constant(n.type, [1.5 * 2.0**mantissa + bias] * kind.lanes))
+    field = builder.shl(builder.bitcast(moved, integers), ir.Constant(integers, [mantissa] * kind.lanes))
+    return builder.bitcast(field, n.type)
 
 
 power_of_two = _lanewise("power_of_two", 1, _power_of_two)
@@ -440,6 +458,70 @@ def store_tile(typing, tile, a, i, stride, count, vectors):
     return types.none(tile, a, types.intp, types.intp, _optional(count), vectors), code
 
 
+@intrinsic(prefer_literal=True)
+def lanewise(typing, tile, a, i, a_row, b, j, b_row, count, width):
+    """``tile + a * b`` lane by lane: the step of a matrix of dot products, each of them over the lanes of a vector.
+
+    The rows of the tile belong to the vectors of ``a`` at positions i, i + a_row, ..., its ``width`` columns to those
+    of ``b`` at j, j + b_row, ...; ``count`` elements of each vector take part.
+    """
+    kind, columns = tile.dtype, width.literal_value
+
+    def vectors(context, builder, array, value, position, stride, n, part):
+        result = []
+        for _ in range(n):
+            result.append(_load(builder, kind, _pointer(context, builder, array, value, position, kind), part))
+            position = builder.add(position, stride)
+        return result
+
+    def code(context, builder, signature, args):
+        acc = cgutils.unpack_tuple(builder, args[0])
+        part = None if count is types.none else args[7]
+        left = vectors(context, builder, a, *args[1:4], len(acc) // columns, part)
+        right = vectors(context, builder, b, *args[4:7], columns, part)
+        return context.make_tuple(builder, tile, [
+            _call(builder, "fma", kind, x, y, acc[m * columns + k])
+            for m, x in enumerate(left) for k, y in enumerate(right)])
+
+    return tile(tile, a, types.intp, types.intp, b, types.intp, types.intp, _optional(count), width), code
+
+
+@intrinsic
+def add_tiles(typing, tile, other):
+    """The sum of two tiles."""
+    def code(context, builder, signature, args):
+        pairs = zip(*(cgutils.unpack_tuple(builder, a) for a in args), strict=True)
+        return context.make_tuple(builder, tile, [builder.fadd(*pair) for pair in pairs])
+
+    return tile(tile, other), code
+
+
+@intrinsic
+def at_least(typing, tile, low):
+    """The tile, with each element below its lane of ``low`` raised to that; NaN stays NaN."""
+    def code(context, builder, signature, args):
+        return context.make_tuple(builder, tile, [
+            builder.select(builder.fcmp_ordered(">", args[1], v), args[1], v) for v in cgutils.unpack_tuple(builder, args[0])])
+
+    return tile(tile, low), code
+
+
+def _turned(builder, kind, rows):
+    """The columns of the square of vectors ``rows``."""
+    lanes, half = kind.lanes, 1
+    rows = list(rows)
+    while half < lanes:
+        upper = [m if not m & half else lanes + m - half for m in range(lanes)]
+        lower = [m + half if not m & half else lanes + m for m in range(lanes)]
+        for m in range(lanes):
+            if not m & half:
+                pair = rows[m], rows[m + half]
+                rows[m], rows[m + half] = (builder.shuffle_vector(*pair, ir.Constant(
+                    ir.VectorType(_INT, lanes), order)) for order in (upper, lower))
+        half *= 2
+    return rows
+
+
 @intrinsic
 def turn(typing, a, i, a_row, b, j, b_row):
     """Transpose a square of lanes x lanes elements: its rows lie in ``a`` from i, in ``b`` from j, ``_row`` apart.
@@ -454,16 +536,7 @@ def turn(typing, a, i, a_row, b, j, b_row):
         for _ in range(lanes):
             rows.append(_load(builder, kind, _pointer(context, builder, a, args[0], position, kind)))
             position = builder.add(position, args[2])
-        half = 1
-        while half < lanes:
-            upper = [m if not m & half else lanes + m - half for m in range(lanes)]
-            lower = [m + half if not m & half else lanes + m for m in range(lanes)]
-            for m in range(lanes):
-                if not m & half:
-                    pair = rows[m], rows[m + half]
-                    rows[m], rows[m + half] = (builder.shuffle_vector(*pair, ir.Constant(
-                        ir.VectorType(_INT, lanes), order)) for order in (upper, lower))
-            half *= 2
+        rows = _turned(builder, kind, rows)
         position = args[4]
         for row in rows:
             _store(builder, kind, row, _pointer(context, builder, b, args[3], position, kind))
@@ -471,3 +544,101 @@ def turn(typing, a, i, a_row, b, j, b_row):
         return context.get_dummy_value()
 
     return types.none(a, types.intp, types.intp, b, types.intp, types.intp), code
+
+
+@intrinsic
+def turn_part(typing, a, i, a_row, b, j, b_row, rows, columns):
+    """Transpose ``rows`` x ``columns`` elements, at most lanes of either; as :func:`turn` otherwise."""
+    kind = Vector(a.dtype)
+
+    def code(context, builder, signature, args):
+        def part(m, inside, along):
+            # No lane at all of a row that is not there.
+            present = builder.icmp_signed("<", ir.Constant(inside.type, m), inside)
+            return builder.select(present, along, ir.Constant(along.type, 0))
+
+        vectors, position = [], args[1]
+        for m in range(kind.lanes):
+            vectors.append(_load(builder, kind, _pointer(context, builder, a, args[0], position, kind),
+                                 part(m, args[6], args[7])))
+            position = builder.add(position, args[2])
+        position = args[4]
+        for m, vector in enumerate(_turned(builder, kind, vectors)):
+            _store(builder, kind, vector, _pointer(context, builder, b, args[3], position, kind), part(m, args[7], args[6]))
+            position = builder.add(position, args[5])
+        return context.get_dummy_value()
+
+    return types.none(a, types.intp, types.intp, b, types.intp, types.intp, types.intp, types.intp), code
+
+
+# --- Arithmetic on tiles --------------------------------------------------------------------------------------
+
+def _tilewise(name, arguments, build):
+    """An instruction on ``arguments`` tiles of one size, vector by vector; a Vector in place of a tile serves all of it."""
+    def make(*kinds):
+        tiles = [kind for kind in kinds if isinstance(kind, types.UniTuple) and isinstance(kind.dtype, Vector)]
+        if not tiles or not all(kind in (tiles[0], tiles[0].dtype) for kind in kinds):
+            return None
+        tile = tiles[0]
+
+        def code(context, builder, signature, args):
+            operands = [cgutils.unpack_tuple(builder, a) if kind == tile else [a] * len(tile) for a, kind in zip(args, kinds)]
+            return context.make_tuple(builder, tile, [build(builder, tile.dtype, *each) for each in zip(*operands)])
+
+        return tile(*kinds), code
+
+    if arguments == 2:
+        def typed(typing, a, b):
+            return make(a, b)
+    else:
+        def typed(typing, a, b, c):
+            return make(a, b, c)
+    typed.__name__ = typed.__qualname__ = name
+    return intrinsic(typed)
+
+
+tile_add = _tilewise("tile_add", 2, lambda builder, kind, a, b: builder.fadd(a, b))
+tile_subtract = _tilewise("tile_subtract", 2, lambda builder, kind, a, b: builder.fsub(a, b))
+tile_multiply = _tilewise("tile_multiply", 2, lambda builder, kind, a, b: builder.fmul(a, b))
+tile_fma = _tilewise("tile_fma", 3, lambda builder, kind, a, b, c: _call(builder, "fma", kind, a, b, c))
+tile_fma.__doc__ = "a * b + c, rounded once."
+
+
+@intrinsic(prefer_literal=True)
+def splat_tile(typing, a, i, size):
+    """A tile of ``size`` vectors: the elements of ``a`` from position ``i``, each in all lanes of one."""
+    kind = Vector(a.dtype)
+    tile = types.UniTuple(kind, size.literal_value)
+
+    def code(context, builder, signature, args):
+        return context.make_tuple(builder, tile, [_splat(builder, kind, builder.load(_pointer(
+            context, builder, a, args[0], _moved(builder, args[1], m)))) for m in range(len(tile))])
+
+    return tile(a, types.intp, size), code
+
+
+@intrinsic
+def dot_tile(typing, a, b, v):
+    """``v`` plus the products of the vectors of the tiles ``a`` and ``b``, in their order, one fma each; ``b`` may be a Vector."""
+    if not isinstance(v, Vector) or b not in (a, v):
+        return None
+
+    def code(context, builder, signature, args):
+        result, tile = args[2], cgutils.unpack_tuple(builder, args[0])
+        for x, y in zip(tile, cgutils.unpack_tuple(builder, args[1]) if b == a else [args[1]] * len(tile)):
+            result = _call(builder, "fma", v, x, y, result)
+        return result
+
+    return v(a, b, v), code
+
+
+@intrinsic
+def store_sums(typing, tile, a, i):
+    """Write the sum of the lanes of each of a tile's vectors to the positions from ``i`` of ``a``."""
+    def code(context, builder, signature, args):
+        for m, vector in enumerate(cgutils.unpack_tuple(builder, args[0])):
+            total = _reduce(builder, tile.dtype, vector, builder.fadd)
+            builder.store(total, _pointer(context, builder, a, args[1], _moved(builder, args[2], m)))
+        return context.get_dummy_value()
+
+    return types.none(tile, a, types.intp), code
