@@ -16,6 +16,7 @@ Sequential of 23 parameters: 0.weight (3, 4), 0.bias (3,), 2.weight (2, 3), 2.bi
 (5, 2)
 """
 
+import itertools
 from typing import NamedTuple
 
 import numpy as np
@@ -46,14 +47,18 @@ class Parameter(Tensor):
     shape : tuple of int
     fill : function of (numpy.random.Generator, shape)
         Returns the initial values.
+    order : "C" or "F"
+        Which axis lies side by side in memory, the last one or the first. Weights (out, ...) of linear maps and
+        convolutions are "F": their kernels take the weights of neighbouring outputs together.
     """
 
-    __slots__ = ("_shape", "fill")
+    __slots__ = ("_shape", "fill", "order")
 
-    def __init__(self, shape, fill):
+    def __init__(self, shape, fill, order="C"):
         self.value = self.grad = self.node = None
         self._shape = tuple(shape)
         self.fill = fill
+        self.order = order
 
     shape = property(lambda self: self._shape)
     size = property(lambda self: int(np.prod(self._shape)))
@@ -157,7 +162,7 @@ class Module:
     def _views(self, vector):
         parameters = self._layout.values()
         stops = np.cumsum([p.size for p in parameters], dtype=int)
-        return [vector[stop - p.size:stop].reshape(p.shape) for p, stop in zip(parameters, stops, strict=True)]
+        return [vector[stop - p.size:stop].reshape(p.shape, order=p.order) for p, stop in zip(parameters, stops, strict=True)]
 
     def accumulate_in(self, sums):
         """Let the gradients accumulate in this vector of length size + 2, such as one in shared memory."""
@@ -193,8 +198,9 @@ def given(training, *parameters):
     RuntimeError
         A parameter has no memory yet.
     """
-    if any(p is not None and p.value is None for p in parameters):
-        raise RuntimeError(_NO_MEMORY)
+    for p in parameters:
+        if p is not None and p.value is None:
+            raise RuntimeError(_NO_MEMORY)
     return parameters if training else [None if p is None else p.value for p in parameters]
 
 
@@ -221,8 +227,13 @@ class Sequential(Module):
                 yield str(i), layer
 
     def __call__(self, x, training=False):
-        for layer in self.layers:
-            x = run(layer, x, training)
+        layers = iter(itertools.zip_longest(self.layers, self.layers[1:]))
+        for layer, following in layers:
+            if following is ops.relu and type(layer) in _WITH_RELU:  # one kernel for both; the value between is nobody's
+                x = layer(x, training, relu=True)
+                next(layers)
+            else:
+                x = run(layer, x, training)
         return x
 
     def __len__(self):
@@ -269,11 +280,11 @@ class Linear(Module):
 
     def __init__(self, in_features, out_features, bias=True):
         bound = in_features**-0.5 if in_features else 0.0
-        self.weight = Parameter((out_features, in_features), uniform(bound))
+        self.weight = Parameter((out_features, in_features), uniform(bound), order="F")
         self.bias = Parameter((out_features,), uniform(bound)) if bias else None
 
-    def __call__(self, x, training=False):
-        return ops.linear(x, *given(training, self.weight, self.bias))
+    def __call__(self, x, training=False, relu=False):
+        return ops.linear(x, *given(training, self.weight, self.bias), relu)
 
 
 class Conv2d(Module):
@@ -285,7 +296,7 @@ class Conv2d(Module):
                              f"{groups} equal groups")
         kh, kw = (kernel_size, kernel_size) if isinstance(kernel_size, int) else kernel_size
         bound = (in_channels // groups * kh * kw) ** -0.5
-        self.weight = Parameter((out_channels, in_channels // groups, kh, kw), uniform(bound))
+        self.weight = Parameter((out_channels, in_channels // groups, kh, kw), uniform(bound), order="F")
         self.bias = Parameter((out_channels,), uniform(bound)) if bias else None
         self.options = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
 
@@ -416,3 +427,6 @@ class Embedding(Module):
 
     def __call__(self, x, training=False):
         return ops.embedding(x, *given(training, self.weight))
+
+
+_WITH_RELU = (Linear,)

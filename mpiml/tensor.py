@@ -15,6 +15,7 @@ array([4., 6., 8.])
 
 import functools
 import inspect
+import itertools
 
 import numpy as np
 
@@ -47,7 +48,7 @@ class Tensor:
 
     def __init__(self, value):
         value = np.asarray(value)
-        if value.dtype not in FLOATS:
+        if value.dtype is not FLOATS[0] and value.dtype not in FLOATS:
             raise TypeError(f"a Tensor holds float32 or float64, not {value.dtype}: convert it with "
                             f".astype(np.float32), or leave it a plain array if it needs no gradient")
         self.value = value
@@ -146,13 +147,14 @@ class Tensor:
 class Node:
     """The place of an op's value on the tape, without the value itself, so that this may be freed before the walk.
 
-    ``edges`` are pairs (Node or leaf, vjp), one for each argument that wants a gradient; None once walked.
+    ``edges`` are pairs (Node or leaf, vjp), one for each argument that wants a gradient; None once walked. With a
+    ``joint`` vjp for all arguments, they are pairs (Node or leaf, number of the argument).
     """
 
-    __slots__ = ("dtype", "edges", "shape")
+    __slots__ = ("dtype", "edges", "joint", "shape")
 
-    def __init__(self, edges, value):
-        self.edges = edges
+    def __init__(self, edges, joint, value):
+        self.edges, self.joint = edges, joint
         self.shape, self.dtype = value.shape, value.dtype
 
 
@@ -169,6 +171,10 @@ def op(rule):
     once at most, and only if that argument is a Tensor, so a rule saves nothing by hand: what a vjp mentions
     lives as long as the tape does.
 
+    Where the gradients share work, ``vjps`` is one function of the gradient for the value and a list with an entry
+    for each positional argument: None if its gradient is not wanted, else an array to which it may be added, or
+    True. It returns the gradients, None for those not wanted or added.
+
     Raises
     ------
     TypeError
@@ -184,18 +190,23 @@ def op(rule):
             bound = signature.bind(*args, **options)
             bound.apply_defaults()  # behind an argument left out, a Tensor would stay a keyword
             args, options = bound.args, bound.kwargs
-        tensors = [(i, a) for i, a in enumerate(args) if isinstance(a, Tensor)]
-        if not tensors:
-            return rule(*args, **options)[0]
-        value, vjps = rule(*[a.value if isinstance(a, Tensor) else a for a in args], **options)
-        for i, a in tensors:
-            if i >= len(vjps) or vjps[i] is None:
+        values = [a.value if isinstance(a, Tensor) else a for a in args]
+        value, vjps = rule(*values, **options)
+        joint = vjps if callable(vjps) else None
+        edges = []
+        for i, a in enumerate(args):
+            if values[i] is a:
+                continue  # a plain array
+            if joint is None and (i >= len(vjps) or vjps[i] is None):
                 raise TypeError(f"{name} has no gradient for its argument {i + 1}: pass a plain array")
-            if value.dtype != a.value.dtype:
+            if value.dtype is not a.value.dtype and value.dtype != a.value.dtype:
                 raise TypeError(f"{name} of {_kinds(args)} gives {value.dtype}: use one of float32 and float64 "
                                 f"throughout, with .astype(np.{a.value.dtype})")
+            edges.append((a if a.node is None else a.node, vjps[i] if joint is None else i))
+        if not edges:
+            return value
         result = Tensor(value)
-        result.node = Node([(a if a.node is None else a.node, vjps[i]) for i, a in tensors], result.value)
+        result.node = Node(edges, joint, result.value)
         return result
 
     apply.rule = rule
@@ -240,7 +251,7 @@ def backward(root, gradient=None, wrt=None, later=None):
         gradient = np.ones_like(root.value)
     _check(gradient, root, "backward's argument")
     if root.node is None:
-        _accumulate(root, gradient)
+        _accumulate(root, gradient, "backward's argument")
         yield root
         return
     uses = _count_uses(root.node)
@@ -249,23 +260,44 @@ def backward(root, gradient=None, wrt=None, later=None):
     while ready:
         node = ready.pop()
         g = gradients.pop(id(node))
-        edges, node.edges = node.edges, None
+        edges, joint, node.edges, node.joint = node.edges, node.joint, None, None
+        if later is not None:
+            waits = [isinstance(argument, Tensor) and argument is not wrt for argument, _ in edges]
+            if any(waits):
+                later.append(functools.partial(_contribute, [*itertools.compress(edges, waits)], joint, g))
+                edges = [edge for edge, wait in zip(edges, waits, strict=True) if not wait]
+        parts = None if joint is None else _all(edges, joint, g)
         for argument, vjp in edges:
+            part = vjp(g) if joint is None else parts[vjp]
             key = id(argument)
             uses[key] -= 1
             if isinstance(argument, Tensor):
-                if later is not None and argument is not wrt:
-                    later.append(functools.partial(_contribute, argument, vjp, g))
-                    continue
-                _contribute(argument, vjp, g)
+                if part is not None or joint is None:  # else it was added
+                    _accumulate(argument, part, joint or vjp)
                 if not uses[key]:
                     yield argument
             else:
-                part = vjp(g)
-                _check(part, argument, vjp.__qualname__)
+                _check(part, argument, joint or vjp)
                 gradients[key] = gradients[key] + part if key in gradients else part
                 if not uses[key]:
                     ready.append(argument)
+
+
+def _all(edges, joint, g):
+    """The gradients for all arguments of an op with a joint vjp; None for those that it added to their leaf's."""
+    offers = [None] * (edges[-1][1] + 1) if edges else []
+    for argument, i in edges:
+        offers[i] = argument.grad if isinstance(argument, Tensor) and argument.grad is not None else True
+    return joint(g, offers) if edges else []
+
+
+def _contribute(edges, joint, g):
+    """Add to the gradients of leaves what a part of the backward pass left for later."""
+    parts = None if joint is None else _all(edges, joint, g)
+    for leaf, vjp in edges:
+        part = vjp(g) if joint is None else parts[vjp]
+        if part is not None or joint is None:
+            _accumulate(leaf, part, joint or vjp)
 
 
 def _count_uses(root):
@@ -277,21 +309,18 @@ def _count_uses(root):
             raise ValueError("part of this tape was already walked by backward and is gone: add up the losses "
                              "and call backward once, or compute this one anew")
         for argument, _ in node.edges:
-            if id(argument) not in uses:
-                uses[id(argument)] = 0
+            key = id(argument)
+            if key in uses:
+                uses[key] += 1
+            else:
+                uses[key] = 1
                 if isinstance(argument, Node):
                     stack.append(argument)
-            uses[id(argument)] += 1
     return uses
 
 
-def _contribute(leaf, vjp, g):
-    part = vjp(g)
-    _check(part, leaf, vjp.__qualname__)
-    _accumulate(leaf, part)
-
-
-def _accumulate(leaf, part):
+def _accumulate(leaf, part, source):
+    _check(part, leaf, source)
     if leaf.grad is None:
         leaf.grad = np.array(part)  # a copy: a vjp may return its argument
     else:
@@ -299,11 +328,13 @@ def _accumulate(leaf, part):
 
 
 def _check(gradient, place, source):
+    if isinstance(gradient, (np.ndarray, np.generic)) and gradient.shape == place.shape and gradient.dtype == place.dtype:
+        return
+    name = getattr(source, "__qualname__", str(source)).split(".")[0]
     if not isinstance(gradient, (np.ndarray, np.generic)):
-        raise TypeError(f"the gradient from {source.split('.')[0]} is an array, not a {type(gradient).__name__}")
-    if gradient.shape != place.shape or gradient.dtype != place.dtype:
-        raise ValueError(f"the gradient from {source.split('.')[0]} has shape {gradient.shape} and dtype "
-                         f"{gradient.dtype}, its Tensor {place.shape} and {place.dtype}")
+        raise TypeError(f"the gradient from {name} is an array, not a {type(gradient).__name__}")
+    raise ValueError(f"the gradient from {name} has shape {gradient.shape} and dtype {gradient.dtype}, its Tensor "
+                     f"{place.shape} and {place.dtype}")
 
 
 def unbroadcast(g, shape):

@@ -219,12 +219,12 @@ def test_parameters_are_views_of_the_vector():
     learnt = [p for p in named.values() if not isinstance(p, Statistic)]
     assert model.learnt == sum(p.size for p in learnt) == model.vector.size - 5
     order = learnt + [p for p in named.values() if isinstance(p, Statistic)]
-    np.testing.assert_array_equal(model.vector, np.concatenate([p.value.ravel() for p in order]))
+    np.testing.assert_array_equal(model.vector, np.concatenate([p.value.ravel(p.order) for p in order]))
     model.vector[:] = np.arange(model.vector.size)
     model.gradient[:] = -model.vector
     start = 0
     for p in order:
-        expected = np.arange(start, start + p.size).reshape(p.shape)
+        expected = np.arange(start, start + p.size).reshape(p.shape, order=p.order)
         np.testing.assert_array_equal(p.value, expected)
         np.testing.assert_array_equal(p.grad, -expected)
         start += p.size

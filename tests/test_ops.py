@@ -539,10 +539,10 @@ INTEGERS = zeros(2, 3, dtype=int)
 
 @pytest.mark.parametrize(("error", "words", "f"), [
     (ValueError, "takes 4 features .* has 3", lambda: ops.linear(zeros(2, 3), zeros(5, 4))),
-    (ValueError, "none in its last axis", lambda: ops.linear(zeros(), zeros(5, 4))),
+    (ValueError, "the input is a number", lambda: ops.linear(zeros(), zeros(5, 4))),
     (ValueError, r"bias of shape \(5,\), not \(1,\)", lambda: ops.linear(zeros(2, 4), zeros(5, 4), zeros(1))),
-    (TypeError, "float64 .* float32: convert", lambda: ops.linear(zeros(2, 4, dtype=float), zeros(5, 4))),
-    (TypeError, "a bias of float64", lambda: ops.linear(zeros(2, 4), zeros(5, 4), zeros(5, dtype=float))),
+    (TypeError, "float64 and float32: convert", lambda: ops.linear(zeros(2, 4, dtype=float), zeros(5, 4))),
+    (TypeError, "arrays of float32 and float64", lambda: ops.linear(zeros(2, 4), zeros(5, 4), zeros(5, dtype=float))),
     (ValueError, r"images of shape .* not \(2, 4\)", lambda: ops.conv2d(zeros(2, 4), zeros(3, 4, 2, 2))),
     (ValueError, "takes 3 channels, .* has 4", lambda: ops.conv2d(IMAGE, zeros(3, 3, 2, 2))),
     (ValueError, "multiple of the groups", lambda: ops.conv2d(IMAGE, zeros(3, 2, 2, 2), groups=2)),

@@ -29,18 +29,177 @@ def _matmul(a, b, c, add):
             c[s] = whole
 
 
-@kernel(exact=True, reads="x weight bias", writes="y")
+@kernel(exact=True, reads="x weight bias")
 def _linear(x, weight, bias, relu, y):
     size = y.itemsize
     rows, outputs = y.shape
-    y_row = y.strides[0] // size
+    if x.shape[0] != rows or x.shape[1] != weight.shape[1] or weight.shape[0] != outputs or bias.size not in (0, outputs):
+        return False
     if bias.size:
         for i in range(rows):
             for j in range(outputs):
                 y[i, j] = bias[j]
     gemm(x, 0, x.strides[0] // size, x.strides[1] // size, weight, 0, weight.strides[1] // size, weight.strides[0] // size,
-         y, 0, y_row, rows, x.shape[1], outputs, bias.size > 0)
+         y, 0, outputs, rows, x.shape[1], outputs, bias.size > 0)  # adds to the bias
     if relu:
         for i in range(rows):
             for j in range(outputs):
-                y[i, j] = y[i, j] if y[i, j] > 0 or y[i, j] != y[i, j] else y.dtype.type(0)
+                y[i, j] = y.dtype.type(0) if y[i, j] <= 0 else y[i, j]  # NaN stays
+    return True
+
+
+@kernel(exact=True, reads="x weight", writes="dweight")
+def _linear_vjp(g, x, weight, y, dx, dweight, dbias, add):
+    """Gradients of ``_linear``, or ``dweight`` and ``dbias`` added to; what has size 0 is not wanted.
+
+    ``y`` is its value if that had a relu. Returns whether the shapes belong together.
+    """
+    size = g.itemsize
+    rows, outputs = g.shape
+    inputs = x.shape[1]
+    if len(x) != rows or weight.shape != (outputs, inputs) or y.size not in (0, g.size) or dx.size not in (0, x.size) \
+            or dweight.size != 0 and dweight.shape != weight.shape or dbias.size not in (0, outputs):
+        return False
+    if y.size:
+        masked = np.empty((rows, outputs), g.dtype)
+        for i in range(rows):
+            for j in range(outputs):
+                masked[i, j] = g[i, j] if y[i, j] > 0 else g.dtype.type(0)
+        g = masked
+    if dbias.size:
+        if not add:
+            dbias[:] = 0
+        for i in range(rows):
+            for j in range(outputs):
+                dbias[j] += g[i, j]
+    if dweight.size:
+        x_row, x_column = x.strides[0] // size, x.strides[1] // size
+        if dweight.strides[1] == size:  # g' x
+            gemm(g, 0, 1, outputs, x, 0, x_row, x_column, dweight, 0, dweight.strides[0] // size, outputs, rows, inputs, add)
+        else:  # its transpose, x' g
+            gemm(x, 0, x_column, x_row, g, 0, outputs, 1, dweight, 0, dweight.strides[1] // size, inputs, rows, outputs, add)
+    if dx.size:
+        gemm(g, 0, outputs, 1, weight, 0, weight.strides[0] // size, weight.strides[1] // size, dx, 0, inputs,
+             rows, outputs, inputs, False)
+    return True
+
+
+@public
+def _rows(x):
+    """x (..., features) as a matrix, copied if need be."""
+    if x.ndim == 2:
+        return x
+    features = x.shape[-1]
+    return np.ascontiguousarray(x).reshape((x.size // max(features, 1), features))
+
+
+@public
+def linear(x, weight, bias=None, relu=False, out=None):
+    """``x @ weight.T + bias``, and ``max(., 0)`` of it with ``relu``.
+
+    Parameters
+    ----------
+    x : (..., in_features) array, float32 or float64
+    weight : (out_features, in_features) array of the same dtype
+    bias : (out_features,) array, optional
+    relu : bool
+    out : (..., out_features) C-contiguous array, optional
+        Where the result is written.
+
+    Returns
+    -------
+    (..., out_features) array
+
+    Raises
+    ------
+    TypeError
+        Other dtypes than float32 and float64, or several.
+    ValueError
+        Shapes that do not belong together.
+    """
+    check_dtypes("linear", x, weight, bias)
+    if x.ndim == 0:
+        refuse("linear takes {} features (weight {}), but the input is a number", weight.shape[1], weight.shape)
+    y = output(out, x.shape[:-1] + (len(weight),), x.dtype)
+    b = np.empty(0, x.dtype) if bias is None else bias
+    if not _linear(_rows(x), weight, b, relu, _rows(y)):
+        if x.shape[-1] != weight.shape[1]:
+            refuse("linear takes {} features (weight {}), but the input of shape {} has {} in its last axis",
+                   weight.shape[1], weight.shape, x.shape, x.shape[-1])
+        refuse("linear with a weight of shape {} takes a bias of shape {}, not {}", weight.shape, weight.shape[:1], b.shape)
+    return y
+
+
+@public
+def linear_vjp(g, x, weight, y=None, dx=None, dweight=None, dbias=None, add=False):
+    """The gradients of ``linear``, those that have a place, in one call.
+
+    Parameters
+    ----------
+    g : (..., out_features) array
+    x, weight : the arguments of ``linear``
+    y : (..., out_features) array, optional
+        The value of ``linear``, if that was called with ``relu``.
+    dx : (..., in_features) C-contiguous array, optional
+    dweight : (out_features, in_features) array, C- or (faster) Fortran-contiguous, optional
+    dbias : (out_features,) array, optional
+        Where the gradients are written.
+    add : bool
+        Add to dweight and dbias instead.
+    """
+    if dx is not None and not dx.flags.c_contiguous:
+        refuse("linear_vjp writes to a C-contiguous dx")
+    none = np.empty((0, 0), g.dtype)
+    if not _linear_vjp(np.ascontiguousarray(_rows(g)), _rows(x), weight, none if y is None else _rows(y),
+                       none if dx is None else _rows(dx), none if dweight is None else dweight,
+                       np.empty(0, g.dtype) if dbias is None else dbias, add):
+        refuse("linear_vjp got a gradient of shape {}, an input of shape {} and a weight of shape {}, or places for y, dx, "
+               "dweight and dbias of other shapes", g.shape, x.shape, weight.shape)
+
+
+@public
+def linear_vjp_x(g, weight):
+    """Gradient for x, (..., in_features), from ``g`` (..., out_features)."""
+    dx = np.empty(g.shape[:-1] + (weight.shape[1],), g.dtype)
+    linear_vjp(g, dx, weight, dx=dx)
+    return dx
+
+
+@public
+def linear_vjp_weight(g, x):
+    """Gradient for weight, (out_features, in_features), Fortran-contiguous, from ``g`` and ``x``."""
+    dweight = np.empty((x.shape[-1], g.shape[-1]), g.dtype).T
+    linear_vjp(g, x, dweight, dweight=dweight)
+    return dweight
+
+
+@public
+def linear_vjp_bias(g):
+    """Gradient for bias, (out_features,): the sum of ``g`` over all but its last axis."""
+    dbias = np.empty(g.shape[-1], g.dtype)
+    linear_vjp(g, g, np.empty((g.shape[-1], g.shape[-1]), g.dtype), dbias=dbias)
+    return dbias
+
+
+@public
+def matmul(a, b, out=None):
+    """Products of matrices: ``out[i] = a[i] @ b[i]``.
+
+    Parameters
+    ----------
+    a : (n, rows, inner) array, float32 or float64
+    b : (n, inner, columns) array of the same dtype
+        Stacks of any strides; a stack of one matrix serves all of the other's.
+    out : (n, rows, columns) array, optional
+
+    Returns
+    -------
+    (n, rows, columns) array
+    """
+    check_dtypes("matmul", a, b)
+    if a.ndim != 3 or b.ndim != 3 or a.shape[2] != b.shape[1] or (len(a) != len(b) and len(a) != 1 and len(b) != 1):
+        refuse("matmul takes stacks of shapes (n, rows, inner) and (n, inner, columns), not {} and {}", a.shape, b.shape)
+    n = len(b) if len(a) == 1 else len(a)
+    c = output(out, (n, a.shape[1], b.shape[2]), a.dtype)
+    _matmul(a, b, c, False)
+    return c

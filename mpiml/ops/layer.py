@@ -9,16 +9,20 @@ from .check import floats, image, pair, same_dtype, vectors, windows
 
 
 @op
-def linear(x, weight, bias=None):
-    """x (..., in) @ weight (out, in).T + bias (out,)."""
-    same_dtype("linear", x, weight)
-    if x.ndim < 1 or x.shape[-1] != weight.shape[1]:
-        raise ValueError(f"linear takes {weight.shape[1]} features (weight {weight.shape}), but the input of shape "
-                         f"{x.shape} has {x.shape[-1] if x.ndim else 'none'} in its last axis")
-    vectors("linear", x, weight.shape[:1], bias=bias)
-    return k.linear(x, weight, bias), (lambda g: k.linear_vjp_x(g, weight),
-                                       lambda g: k.linear_vjp_weight(g, x),
-                                       lambda g: k.linear_vjp_bias(g))
+def linear(x, weight, bias=None, relu=False):
+    """x (..., in) @ weight (out, in).T + bias (out,), then max(., 0) with ``relu``."""
+    y = k.linear(x, weight, bias, relu)
+    positive = y if relu else None
+
+    def vjp(g, into):
+        into_x, into_weight, into_bias, *_ = *into, None, None
+        dx = None if into_x is None else np.empty(x.shape, x.dtype)
+        dweight = np.zeros_like(weight) if into_weight is True else into_weight
+        dbias = np.zeros_like(bias) if into_bias is True else into_bias
+        k.linear_vjp(g, x, weight, positive, dx, dweight, dbias, True)
+        return dx, dweight if into_weight is True else None, dbias if into_bias is True else None
+
+    return y, vjp
 
 
 @op

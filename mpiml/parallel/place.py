@@ -94,7 +94,7 @@ class Part(_Held):
             return None
         arrays, start = {}, 0
         for name, parameter in itertools.chain(*(layout.items() for layout in layouts)):
-            arrays[name] = everything[start:start + parameter.size].reshape(parameter.shape)
+            arrays[name] = everything[start:start + parameter.size].reshape(parameter.shape, order=parameter.order)
             start += parameter.size
         return {name: arrays[name] for name in self._whole.named()}
 
