@@ -36,7 +36,8 @@ def save(model, path):
         if not hasattr(model, "vector"):
             raise RuntimeError("this model has no memory yet: call model.init(seed) before saving it")
         model = {name: parameter.value for name, parameter in model.named().items()}
-    arrays = {name: np.array(a, np.int64) if name.endswith(_COUNTER) else np.asarray(a, order="C")  # memory is written as it lies
+    # Files hold memory as it lies: in C order.
+    arrays = {name: np.array(a, np.int64) if name.endswith(_COUNTER) else np.asarray(a, order="C")
               for name, a in model.items()}
     path = os.fspath(path)
     if not os.path.isdir(os.path.dirname(path) or "."):

@@ -15,7 +15,8 @@ from .public import check_dtypes, output, public, refuse
 def _matmul(a, b, c, add):
     """c = a b for each matrix of three stacks, or c += a b; a stack of one serves all."""
     size = c.itemsize
-    a_row, a_step, b_step, b_column = a.strides[1] // size, a.strides[2] // size, b.strides[1] // size, b.strides[2] // size
+    a_row, a_step = a.strides[1] // size, a.strides[2] // size
+    b_step, b_column = b.strides[1] // size, b.strides[2] // size
     c_row, c_column = c.strides[1] // size, c.strides[2] // size
     for s in range(len(c)):
         ai, bi, ci = s % len(a) * a.strides[0] // size, s % len(b) * b.strides[0] // size, s * c.strides[0] // size
@@ -58,7 +59,7 @@ def _linear_vjp(g, x, weight, y, dx, dweight, dbias, add):
     rows, outputs = g.shape
     inputs = x.shape[1]
     if len(x) != rows or weight.shape != (outputs, inputs) or y.size not in (0, g.size) or dx.size not in (0, x.size) \
-            or dweight.size != 0 and dweight.shape != weight.shape or dbias.size not in (0, outputs):
+            or (dweight.size != 0 and dweight.shape != weight.shape) or dbias.size not in (0, outputs):
         return False
     if y.size:
         masked = np.empty((rows, outputs), g.dtype)
