@@ -605,16 +605,19 @@ tile_fma.__doc__ = "a * b + c, rounded once."
 
 
 @intrinsic(prefer_literal=True)
-def splat_tile(typing, a, i, size):
-    """A tile of ``size`` vectors: the elements of ``a`` from position ``i``, each in all lanes of one."""
+def splat_tile(typing, a, i, stride, size):
+    """A tile of ``size`` vectors: the elements of ``a`` at positions i, i + stride, ..., each in all lanes of one."""
     kind = Vector(a.dtype)
     tile = types.UniTuple(kind, size.literal_value)
 
     def code(context, builder, signature, args):
-        return context.make_tuple(builder, tile, [_splat(builder, kind, builder.load(_pointer(
-            context, builder, a, args[0], _moved(builder, args[1], m)))) for m in range(len(tile))])
+        position, result = args[1], []
+        for _ in range(len(tile)):
+            result.append(_splat(builder, kind, builder.load(_pointer(context, builder, a, args[0], position))))
+            position = builder.add(position, args[2])
+        return context.make_tuple(builder, tile, result)
 
-    return tile(a, types.intp, size), code
+    return tile(a, types.intp, types.intp, size), code
 
 
 @intrinsic
