@@ -1,93 +1,223 @@
-"""Standardising to mean 0 and variance 1: the one kernel under layer, group and batch normalisation.
+"""Standardising images to mean 0 and variance 1, per channel or group of channels: batch and group normalisation.
 
-An array is seen as (n, c, m). For each of the c channels, a block of ``samples`` consecutive entries of n is
-standardised over (samples, m) together:
+An array is seen as (n, c, m): samples, channels, places. Statistics are taken over blocks of ``samples`` consecutive
+samples and over each of ``groups`` equal runs of channels:
 
-============  ==========================  ===========
-layer norm    (rows, 1, features)         samples = 1
-group norm    (n, groups, c / groups * m) samples = 1
-batch norm    (n, c, m)                   samples = the batch, or less
-============  ==========================  ===========
+===========  =====================  ===========
+batch norm   samples = the batch    groups = c
+group norm   samples = 1            groups
+===========  =====================  ===========
+
+Two memory layouts are worked on where they lie: *rows*, in which the places of a channel follow each other, and
+*columns*, (m, c, n) in memory, in which the samples do. There a place is one row of c * n columns, and every step is
+the same for all places: statistics are sums of columns, and what is applied is a vector of c * n coefficients.
+
+Variances are taken about the mean and corrected for its rounding: the corrected two-pass algorithm (Chan, Golub and
+LeVeque 1983, "Algorithms for computing the sample variance"). Sums over a channel's places have one partial sum for each
+remainder of the place by the number of lanes, in both layouts, so group norm gives a sample the same bits in both.
 """
 
 import numpy as np
 
 from .jit import kernel
+from .normalize_columns import column_affine, column_moments, column_products
+from .normalize_rows import row_affine, row_affine_vjp, row_moments, row_products
+from .public import check_dtypes, public, refuse
+from .simd import lanes
 
 
-@kernel
-def _standardize(x, samples, eps, y, mean, var):
-    n, c, m = x.shape
+@kernel(exact=True, reads="x weight bias", writes="mean var y")
+def _standardize(x, samples, groups, eps, weight, bias, measure, columns, mean, var, y):
+    c = x.shape[1]
     t = x.dtype.type
-    for b in range(mean.shape[0]):
-        first, end = b * samples, min((b + 1) * samples, n)
-        count = t((end - first) * m)
+    if measure:
+        if columns:
+            column_moments(x, samples, groups, mean, var)
+        else:
+            row_moments(x, samples, groups, mean, var)
+    scale, shift = np.empty((len(mean), c), x.dtype), np.zeros((len(mean), c), x.dtype)
+    for b in range(len(mean)):
         for ch in range(c):
-            total = t(0)
-            for i in range(first, end):
-                for j in range(m):
-                    total += x[i, ch, j]
-            mu = total / count
-            total = t(0)
-            for i in range(first, end):
-                for j in range(m):
-                    d = x[i, ch, j] - mu
-                    total += d * d
-            mean[b, ch] = mu
-            var[b, ch] = total / count
-            scale = t(1) / np.sqrt(var[b, ch] + t(eps))
-            for i in range(first, end):
-                for j in range(m):
-                    y[i, ch, j] = (x[i, ch, j] - mu) * scale
+            scale[b, ch] = t(1) / np.sqrt(var[b, ch // (c // groups)] + t(eps))
+            if weight.size:
+                scale[b, ch] *= weight[ch]
+            if bias.size:
+                shift[b, ch] = bias[ch]
+    if columns:
+        column_affine(x, x, samples, mean, scale, shift, shift, y, False)
+    else:
+        row_affine(x, samples, mean, scale, shift, y)
 
 
-@kernel
-def _standardize_vjp(g, y, samples, eps, var, out):
-    n, c, m = g.shape
-    t = g.dtype.type
-    for b in range(var.shape[0]):
-        first, end = b * samples, min((b + 1) * samples, n)
-        count = t((end - first) * m)
-        for ch in range(c):
-            sum_g, sum_gy = t(0), t(0)
-            for i in range(first, end):
-                for j in range(m):
-                    sum_g += g[i, ch, j]
-                    sum_gy += g[i, ch, j] * y[i, ch, j]
-            scale = t(1) / np.sqrt(var[b, ch] + t(eps))
-            mean_g, mean_gy = sum_g / count, sum_gy / count
-            for i in range(first, end):
-                for j in range(m):
-                    out[i, ch, j] = scale * (g[i, ch, j] - mean_g - y[i, ch, j] * mean_gy)
+@kernel(exact=True, reads="g x weight mean var", writes="out")
+def _standardize_vjp(g, x, samples, eps, weight, mean, var, measured, columns, out, dweight, dbias):
+    n, c, m = x.shape
+    blocks, groups = mean.shape
+    each = c // groups
+    t = x.dtype.type
+    total, product = np.empty((blocks, c), x.dtype), np.empty((blocks, c), x.dtype)
+    if columns:
+        column_products(g, x, samples, mean, total, product)
+    else:
+        row_products(g, x, samples, mean, total, product)
+    # With d = x - mean and the sums over a block, of s values each, of w g and w g d:
+    # out = w g / std - sum(w g) / s / std - d sum(w g d) / s / std**3
+    scale, slope, shift = np.empty((blocks, c), x.dtype), np.zeros((blocks, c), x.dtype), np.zeros((blocks, c), x.dtype)
+    dweight[:] = t(0)
+    dbias[:] = t(0)
+    for b in range(blocks):
+        count = t(min(samples, n - b * samples) * each * m)
+        for group in range(groups):
+            inverse = t(1) / np.sqrt(var[b, group] + t(eps))
+            sum_g, sum_gd = t(0), t(0)
+            for ch in range(group * each, (group + 1) * each):
+                w = weight[ch] if weight.size else t(1)
+                scale[b, ch] = inverse * w
+                sum_g += w * total[b, ch]
+                sum_gd += w * product[b, ch]
+                dweight[ch] += product[b, ch] * inverse
+                dbias[ch] += total[b, ch]
+            if measured:
+                for ch in range(group * each, (group + 1) * each):
+                    slope[b, ch] = -inverse * inverse * inverse * (sum_gd / count)
+                    shift[b, ch] = -inverse * (sum_g / count)
+    if columns:
+        column_affine(g, x, samples, mean, scale, slope, shift, out, True)
+    else:
+        row_affine_vjp(g, x, samples, mean, scale, slope, shift, out)
 
 
-def standardize(x, samples=1, eps=1e-5):
-    """``(x - mean) / sqrt(var + eps)`` in blocks, as the table above.
+@public
+def _in_columns(x):
+    """Does the (n, c, m) array ``x`` lie in memory as (m, c, n), with a vector to work on?"""
+    size = x.itemsize
+    return x.strides[0] == size and x.strides[1] == size * len(x) and lanes(x) <= len(x) * x.shape[1]
+
+
+@public
+def _arranged(x, columns):
+    """``x`` where it lies, if in this layout, or a copy."""
+    if columns:
+        return x if _in_columns(x) else np.ascontiguousarray(x.transpose(2, 1, 0)).transpose(2, 1, 0)
+    return x if x.strides[2] == x.itemsize else np.ascontiguousarray(x)
+
+
+@public
+def _like(x, columns):
+    n, c, m = x.shape
+    return np.empty((m, c, n), x.dtype).transpose(2, 1, 0) if columns else np.empty((n, c, m), x.dtype)
+
+
+@public
+def _given(array, x):
+    """A weight or bias as the loops take it: ``array``, or one of size 0 for None."""
+    if array is None:
+        return np.empty(0, x.dtype)
+    if array.shape != x.shape[1:2]:
+        refuse("a norm of an input of shape {} takes one number for each channel, not {}", x.shape, array.shape)
+    return array
+
+
+@public
+def _check(x, samples, groups):
+    if x.ndim != 3:
+        refuse("standardize takes (samples, channels, places), not {}: reshape the input", x.shape)
+    if samples < 1 or groups < 0 or (groups > 0 and x.shape[1] % groups):
+        refuse("standardize of an input of shape {} takes samples >= 1 and groups that divide the channels, not {} and {}",
+               x.shape, samples, groups)
+
+
+@public
+def standardize(x, samples=1, eps=1e-5, groups=0, weight=None, bias=None):
+    """``(x - mean) / sqrt(var + eps) * weight + bias``: batch, group and instance normalisation.
 
     Parameters
     ----------
     x : (n, c, m) array, float32 or float64
+        Worked on where it lies if its places (last axis) are contiguous, or if it is the transpose of a contiguous
+        (m, c, n) array; otherwise copied.
     samples : int
         Consecutive entries of the first axis that share their statistics; the last block may be smaller.
     eps : float
+    groups : int
+        Equal runs of channels that share their statistics; 0: each channel on its own.
+    weight, bias : (c,) arrays, optional
 
     Returns
     -------
-    y : (n, c, m) array
-    mean, var : (blocks, c) arrays
+    y : (n, c, m) array in the layout of x
+    mean, var : (blocks, groups) arrays
         The biased statistics of each block, ``blocks = ceil(n / samples)``.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Dtypes differ, or shapes do not belong together.
+
+    References
+    ----------
+    Ioffe and Szegedy 2015 (batch normalisation), Wu and He 2018 (group normalisation).
     """
-    x = np.ascontiguousarray(x)
-    blocks = -(-len(x) // samples) if x.size else 0
-    y = np.empty(x.shape, x.dtype)
-    mean = np.empty((blocks, x.shape[1]), x.dtype)
-    var = np.empty((blocks, x.shape[1]), x.dtype)
-    _standardize(x, samples, eps, y, mean, var)
+    check_dtypes("standardize", x, weight, bias)
+    _check(x, samples, groups)
+    columns = _in_columns(x)
+    x = _arranged(x, columns)
+    y = _like(x, columns)
+    shape = (-(-len(x) // samples) if x.size else 0, groups or x.shape[1])
+    mean, var = np.empty(shape, x.dtype), np.empty(shape, x.dtype)
+    if x.size:
+        _standardize(x, samples, shape[1], eps, _given(weight, x), _given(bias, x), True, columns, mean, var, y)
     return y, mean, var
 
 
-def standardize_vjp(g, y, var, samples=1, eps=1e-5):
-    """Gradient for x of ``y, _, var = standardize(x, samples, eps)`` (Ioffe and Szegedy 2015)."""
-    out = np.empty(y.shape, y.dtype)
-    _standardize_vjp(np.ascontiguousarray(g), y, samples, eps, var, out)
-    return out
+@public
+def standardize_vjp(g, x, mean, var, samples=1, eps=1e-5, weight=None):
+    """Gradients of ``y, mean, var = standardize(x, samples, eps, groups, weight, bias)`` for y alone.
+
+    Returns
+    -------
+    dx : (n, c, m) array in the layout of x
+    dweight, dbias : (c,) arrays
+    """
+    check_dtypes("standardize_vjp", g, x, mean, var, weight)
+    return _vjp(g, x, mean, var, samples, eps, weight, True)
+
+
+@public
+def _vjp(g, x, mean, var, samples, eps, weight, measured):
+    _check(x, samples, mean.shape[1])
+    if g.shape != x.shape or (x.size and len(mean) != -(-len(x) // samples)) or mean.shape != var.shape:
+        refuse("a norm of an input of shape {} in blocks of {} has a gradient of that shape, not {}, and statistics of each "
+               "block, not {}", x.shape, samples, g.shape, mean.shape)
+    columns = _in_columns(x)
+    x, g = _arranged(x, columns), _arranged(g, columns)
+    dx = _like(x, columns)
+    dweight, dbias = np.zeros(x.shape[1], x.dtype), np.zeros(x.shape[1], x.dtype)
+    if x.size:
+        _standardize_vjp(g, x, samples, eps, _given(weight, x), mean, var, measured, columns, dx, dweight, dbias)
+    return dx, dweight, dbias
+
+
+@public
+def standardize_by(x, mean, var, eps=1e-5, weight=None, bias=None):
+    """``(x - mean) / sqrt(var + eps) * weight + bias`` with given statistics (c,): batch normalisation at inference.
+
+    The other arguments and the result are those of :func:`standardize`.
+    """
+    check_dtypes("standardize_by", x, mean, var, weight, bias)
+    _check(x, 1, 0)
+    columns = _in_columns(x)
+    x = _arranged(x, columns)
+    y = _like(x, columns)
+    if x.size:
+        mean, var = _given(mean, x).copy().reshape(1, -1), _given(var, x).copy().reshape(1, -1)
+        _standardize(x, len(x), x.shape[1], eps, _given(weight, x), _given(bias, x), False, columns, mean, var, y)
+    return y
+
+
+@public
+def standardize_by_vjp(g, x, mean, var, eps=1e-5, weight=None):
+    """Gradients of :func:`standardize_by` for x, weight and bias, the statistics being constants."""
+    check_dtypes("standardize_by_vjp", g, x, mean, var, weight)
+    mean, var = _given(mean, x).copy().reshape(1, -1), _given(var, x).copy().reshape(1, -1)
+    return _vjp(g, x, mean, var, max(len(x), 1), eps, weight, False)

@@ -1,4 +1,4 @@
-"""Layer, group and batch normalisation: one kernel, three views."""
+"""Layer, group and batch normalisation: two kernels, one of rows and one of channels of images."""
 
 import numpy as np
 
@@ -8,25 +8,6 @@ from mpiml.tensor import op
 from .check import floats, vectors
 
 
-def _affine(y, weight, bias, shape, vjp_y):
-    """``y * weight + bias``, both seen as ``shape``; the vjps for what ``y`` was made of, weight and bias."""
-    axes = (*range(y.ndim - len(shape)), *(i - len(shape) for i, n in enumerate(shape) if n == 1))
-    value = y if weight is None else y * weight.reshape(shape)
-    if bias is not None:
-        value = value + bias.reshape(shape)
-    return value, (lambda g: vjp_y(g if weight is None else g * weight.reshape(shape)),
-                   lambda g: (g * y).sum(axis=axes).reshape(weight.shape),
-                   lambda g: g.sum(axis=axes).reshape(bias.shape))
-
-
-def _normalize(x, view, samples, eps, weight, bias, shape):
-    """``x``, seen as ``view``, standardised, scaled and shifted; its vjps; the blocks' mean and variance."""
-    y, mean, var = k.standardize(x.reshape(view), samples, eps)
-    value, vjps = _affine(y.reshape(x.shape), weight, bias, shape, lambda g: k.standardize_vjp(
-        g.reshape(view), y, var, samples, eps).reshape(x.shape))
-    return value, vjps, mean, var
-
-
 @op
 def layer_norm(x, weight=None, bias=None, eps=1e-5, axes=1):
     """x (..., features) standardised over its last ``axes`` axes, times weight plus bias (Ba et al. 2016)."""
@@ -34,20 +15,51 @@ def layer_norm(x, weight=None, bias=None, eps=1e-5, axes=1):
     shape = x.shape[x.ndim - axes:]
     vectors("layer_norm", x, shape, weight=weight, bias=bias)
     features = int(np.prod(shape))
-    return _normalize(x, (x.size // max(features, 1), 1, features), 1, eps, weight, bias, shape)[:2]
+    rows = x.reshape(x.size // max(features, 1), features)
+    flat = [None if a is None else a.reshape(features) for a in (weight, bias)]
+    y, mean, scale = k.layer_norm(rows, *flat, eps)
+
+    def vjp(g):
+        dx, dweight, dbias = k.layer_norm_vjp(g.reshape(rows.shape), rows, mean, scale, flat[0])
+        return dx.reshape(x.shape), dweight.reshape(shape), dbias.reshape(shape)
+
+    return y.reshape(x.shape), _once(vjp)
+
+
+def _once(compute):
+    """A vjp whose first call computes the gradients for all arguments; a second one, for those put off, has them."""
+    kept = []
+
+    def vjp(g, into):
+        if not kept:
+            dx, *kept[:] = compute(g)
+            return dx, *kept
+        return None, *kept
+
+    return vjp
+
+
+def _channels(x):
+    """x (n, c, ...) as (n, c, places); a view of images that lie in C order or with their samples innermost."""
+    return x.reshape(*x.shape[:2], int(np.prod(x.shape[2:])))
 
 
 @op
 def group_norm(x, groups, weight=None, bias=None, eps=1e-5):
     """x (n, c, ...) standardised for each sample over each of ``groups`` groups of channels (Wu and He 2018)."""
-    n, c = x.shape[:2]
+    c = x.shape[1]
     if c % groups:
         raise ValueError(f"group_norm cannot split {c} channels into {groups} equal groups")
     floats("group_norm", x)
     vectors("group_norm", x, (c,), weight=weight, bias=bias)
-    view = (n, groups, int(np.prod(x.shape[1:])) // groups)
-    value, (vjp_x, *vjps), _, _ = _normalize(x, view, 1, eps, weight, bias, (c, *(1,) * (x.ndim - 2)))
-    return value, (vjp_x, None, *vjps)
+    view = _channels(x)
+    y, mean, var = k.standardize(view, 1, eps, groups, weight, bias)
+
+    def vjp(g):
+        dx, dweight, dbias = k.standardize_vjp(_channels(g), view, mean, var, 1, eps, weight)
+        return dx.reshape(x.shape), None, dweight, dbias
+
+    return y.reshape(x.shape), _once(vjp)
 
 
 @op
@@ -73,20 +85,26 @@ def batch_norm(x, running_mean, running_var, seen, weight=None, bias=None, train
     n, c = x.shape[:2]
     floats("batch_norm", x)
     vectors("batch_norm", x, (c,), running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
-    shape = (c, *(1,) * (x.ndim - 2))
+    view = _channels(x)
     if not training:
-        scale = 1 / np.sqrt(running_var + eps).reshape(shape)
-        y = (x - running_mean.reshape(shape)) * scale
-        value, vjps = _affine(y, weight, bias, shape, lambda g: g * scale)
-        return value, (vjps[0], None, None, None, *vjps[1:])
-    view = (n, c, int(np.prod(x.shape[2:])))
+        y = k.standardize_by(view, running_mean, running_var, eps, weight, bias)
+
+        def vjp(g):
+            dx, dweight, dbias = k.standardize_by_vjp(_channels(g), view, running_mean, running_var, eps, weight)
+            return dx.reshape(x.shape), None, None, None, dweight, dbias
+
+        return y.reshape(x.shape), _once(vjp)
     samples = samples or max(n, 1)
-    if min(samples, n) * view[2] == 1:
+    if min(samples, n) * view.shape[2] == 1:
         raise ValueError(f"batch_norm cannot take statistics over a single value per channel (input {x.shape}): use "
                          f"larger batches, or group_norm")
-    value, (vjp_x, *vjps), mean, var = _normalize(x, view, samples, eps, weight, bias, shape)
-    sizes = np.minimum(samples, n - samples * np.arange(len(mean))).astype(x.dtype)[:, None]
-    values = sizes * view[2]
-    return value, (vjp_x, lambda g: (sizes * mean).sum(axis=0),
-                   lambda g: (sizes * var * values / np.maximum(values - 1, 1)).sum(axis=0),
-                   lambda g: sizes.sum(), *vjps)
+    y, mean, var = k.standardize(view, samples, eps, 0, weight, bias)
+
+    def vjp(g):
+        dx, dweight, dbias = k.standardize_vjp(_channels(g), view, mean, var, samples, eps, weight)
+        sizes = np.minimum(samples, n - samples * np.arange(len(mean))).astype(x.dtype)[:, None]
+        values = sizes * view.shape[2]
+        return (dx.reshape(x.shape), (sizes * mean).sum(axis=0),
+                (sizes * var * values / np.maximum(values - 1, 1)).sum(axis=0), sizes.sum(), dweight, dbias)
+
+    return y.reshape(x.shape), _once(vjp)

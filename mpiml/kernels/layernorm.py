@@ -1,0 +1,210 @@
+"""Layer normalisation: every row standardised over its features, times a weight plus a bias for each feature.
+
+Rows are taken ROWS at a time, so that their sums, each a chain of additions, wait together; a row's result does not
+depend on which. Mean and variance come from one pass: each lane adds up its elements less its first one, and the lanes
+are then combined about the row's mean (Chan, Golub and LeVeque 1983, "Algorithms for computing the sample variance").
+So the mean may be large, and what cancels is at most the number of elements of a lane.
+"""
+
+import numpy as np
+
+from .jit import kernel
+from .public import check_dtypes, output, public, refuse
+from .simd import (
+    at,
+    dot_tile,
+    first_lanes,
+    lanes,
+    load,
+    load_part,
+    load_tile,
+    select,
+    splat,
+    splat_tile,
+    store,
+    store_part,
+    store_sums,
+    store_tile,
+    tile_add,
+    tile_fma,
+    tile_multiply,
+    tile_subtract,
+    zero_tile,
+)
+
+ROWS = 4
+
+
+def make_rows(size):
+    """A kernel for the rows from ``start`` to ``stop``, ``size`` at a time."""
+    @kernel(exact=True)
+    def rows(x, start, stop, weight, bias, eps, y, mean, scale):
+        count, width, t = x.shape[1], lanes(x), x.dtype.type
+        whole, rest = count // width * width, count % width
+        zero, one, share = splat(t(0)), splat(t(1)), t(1) / t(count)
+        in_rest = select(first_lanes(zero, rest), one, zero)
+        each = splat(t(count // width)) + in_rest  # elements of a lane
+        inverse = select(each > zero, one / each, zero)
+        for r in range(start, stop, size):
+            i = r * count
+            first, total, square = splat_tile(x, i, count, size), zero_tile(x, size), zero_tile(x, size)
+            if whole:
+                head = load_tile(x, i, count, None, size, 1)
+                for j in range(i + width, i + whole, width):
+                    d = tile_subtract(load_tile(x, j, count, None, size, 1), head)
+                    total, square = tile_add(total, d), tile_fma(d, d, square)
+            else:
+                head = first
+            if rest:
+                d = tile_multiply(tile_subtract(load_tile(x, i + whole, count, rest, size, 1), head), in_rest)
+                total, square = tile_add(total, d), tile_fma(d, d, square)
+            # A lane's mean, less the row's first element, and the squares about it; from these the row's.
+            off = tile_multiply(total, inverse)
+            square = tile_subtract(square, tile_multiply(total, off))
+            off = tile_add(off, tile_subtract(head, first))
+            store_sums(tile_multiply(off, each), mean, r)
+            for q in range(r, r + size):
+                mean[q] *= share
+            d = tile_subtract(off, splat_tile(mean, r, 1, size))
+            store_sums(tile_fma(tile_multiply(d, each), d, square), scale, r)
+            for q in range(size):
+                mean[r + q] += at(x, i + q * count)
+                scale[r + q] = t(1) / np.sqrt(max(scale[r + q] * share, t(0)) + t(eps))
+            mu, factor = splat_tile(mean, r, 1, size), splat_tile(scale, r, 1, size)
+            for j in range(0, whole, width):
+                d = tile_multiply(tile_subtract(load_tile(x, i + j, count, None, size, 1), mu), factor)
+                store_tile(tile_fma(d, load(weight, j), load(bias, j)), y, i + j, count, None, 1)
+            if rest:
+                d = tile_multiply(tile_subtract(load_tile(x, i + whole, count, rest, size, 1), mu), factor)
+                d = tile_fma(d, load_part(weight, whole, rest), load_part(bias, whole, rest))
+                store_tile(d, y, i + whole, count, rest, 1)
+
+    return rows
+
+
+_rows, _row = make_rows(ROWS), make_rows(1)
+
+
+@kernel(exact=True)
+def _layer_norm(x, weight, bias, eps, y, mean, scale):
+    whole = len(x) // ROWS * ROWS
+    _rows(x, 0, whole, weight, bias, eps, y, mean, scale)
+    _row(x, whole, len(x), weight, bias, eps, y, mean, scale)
+
+
+def make_rows_vjp(size):
+    """A kernel for the gradients of such rows; those of weight and bias are added."""
+    @kernel(exact=True)
+    def rows_vjp(g, start, stop, x, mean, scale, weight, dx, dweight, dbias):
+        count, width, t = x.shape[1], lanes(x), x.dtype.type
+        share, one = t(1) / t(count), splat(t(1))
+        whole, rest = count // width * width, count % width
+        slope, shift = np.empty(size, x.dtype), np.empty(size, x.dtype)
+        for r in range(start, stop, size):
+            i = r * count
+            mu = splat_tile(mean, r, 1, size)
+            sum_g = sum_gd = zero_tile(x, size)  # of g * weight, and of that times d = x - mean
+            for j in range(0, whole, width):
+                v = load_tile(g, i + j, count, None, size, 1)
+                d = tile_subtract(load_tile(x, i + j, count, None, size, 1), mu)
+                w = tile_multiply(v, load(weight, j))
+                sum_g, sum_gd = tile_add(sum_g, w), tile_fma(w, d, sum_gd)
+            if rest:
+                v = load_tile(g, i + whole, count, rest, size, 1)
+                d = tile_subtract(load_tile(x, i + whole, count, rest, size, 1), mu)
+                w = tile_multiply(v, load_part(weight, whole, rest))
+                sum_g, sum_gd = tile_add(sum_g, w), tile_fma(w, d, sum_gd)
+            store_sums(sum_g, shift, 0)
+            store_sums(sum_gd, slope, 0)
+            # dx = scale * g * weight - scale * sum_g / n - d * scale**3 * sum_gd / n
+            for q in range(size):
+                s = scale[r + q]
+                shift[q] *= -s * share
+                slope[q] *= -s * s * s * share
+            factor, tilt, term = splat_tile(scale, r, 1, size), splat_tile(slope, 0, 1, size), splat_tile(shift, 0, 1, size)
+            for j in range(0, whole, width):
+                v = load_tile(g, i + j, count, None, size, 1)
+                d = tile_subtract(load_tile(x, i + j, count, None, size, 1), mu)
+                u = tile_multiply(v, factor)
+                store_tile(tile_fma(u, load(weight, j), tile_fma(d, tilt, term)), dx, i + j, count, None, 1)
+                store(dweight, j, dot_tile(u, d, load(dweight, j)))
+                store(dbias, j, dot_tile(v, one, load(dbias, j)))
+            if rest:
+                v = load_tile(g, i + whole, count, rest, size, 1)
+                d = tile_subtract(load_tile(x, i + whole, count, rest, size, 1), mu)
+                u = tile_multiply(v, factor)
+                store_tile(tile_fma(u, load_part(weight, whole, rest), tile_fma(d, tilt, term)), dx, i + whole, count, rest, 1)
+                store_part(dweight, whole, dot_tile(u, d, load_part(dweight, whole, rest)), rest)
+                store_part(dbias, whole, dot_tile(v, one, load_part(dbias, whole, rest)), rest)
+
+    return rows_vjp
+
+
+_rows_vjp, _row_vjp = make_rows_vjp(ROWS), make_rows_vjp(1)
+
+
+@kernel(exact=True)
+def _layer_norm_vjp(g, x, mean, scale, weight, dx, dweight, dbias):
+    dweight[:] = 0
+    dbias[:] = 0
+    whole = len(x) // ROWS * ROWS
+    _rows_vjp(g, 0, whole, x, mean, scale, weight, dx, dweight, dbias)
+    _row_vjp(g, whole, len(x), x, mean, scale, weight, dx, dweight, dbias)
+
+
+@public
+def _whole(array, x, value):
+    """A weight or bias (features,) of the rows x, contiguous; None stands for ``value`` everywhere."""
+    if array is None:
+        return np.full(x.shape[1], value, x.dtype)
+    if array.shape != x.shape[1:]:
+        refuse("layer_norm of rows of shape {} takes a weight and bias of their length, not of shape {}", x.shape, array.shape)
+    return np.ascontiguousarray(array)
+
+
+@public
+def layer_norm(x, weight=None, bias=None, eps=1e-5, out=None):
+    """``(x - mean) / sqrt(var + eps) * weight + bias`` for each row (Ba et al. 2016, "Layer normalization").
+
+    Parameters
+    ----------
+    x : (rows, features) array, float32 or float64
+    weight, bias : (features,) arrays, optional
+    eps : float
+    out : (rows, features) array, optional
+        Contiguous; where to put y.
+
+    Returns
+    -------
+    y : (rows, features) array
+    mean, scale : (rows,) arrays
+        The rows' means and 1 / sqrt(var + eps), for :func:`layer_norm_vjp`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Dtypes differ, or shapes do not belong together.
+    """
+    check_dtypes("layer_norm", x, weight, bias)
+    if x.ndim != 2:
+        refuse("layer_norm takes (rows, features), not {}: reshape the input", x.shape)
+    y = output(out, x.shape, x.dtype)
+    mean, scale = np.empty(len(x), x.dtype), np.empty(len(x), x.dtype)
+    weight, bias = _whole(weight, x, 1), _whole(bias, x, 0)
+    if x.size:
+        _layer_norm(np.ascontiguousarray(x), weight, bias, eps, y, mean, scale)
+    return y, mean, scale
+
+
+@public
+def layer_norm_vjp(g, x, mean, scale, weight=None):
+    """Gradients of ``y, mean, scale = layer_norm(x, weight, bias)`` for y: dx (rows, features), dweight, dbias (features,)."""
+    check_dtypes("layer_norm_vjp", g, x, mean, scale, weight)
+    if x.ndim != 2 or g.shape != x.shape or mean.shape != x.shape[:1] or scale.shape != x.shape[:1]:
+        refuse("layer_norm of rows of shape {} has a gradient of that shape, not {}, and a mean and scale for each row, not {}",
+               x.shape, g.shape, mean.shape)
+    dx, dweight, dbias = np.empty(x.shape, x.dtype), np.zeros(x.shape[1], x.dtype), np.zeros(x.shape[1], x.dtype)
+    weight = _whole(weight, x, 1)
+    if x.size:
+        _layer_norm_vjp(np.ascontiguousarray(g), np.ascontiguousarray(x), mean, scale, weight, dx, dweight, dbias)
+    return dx, dweight, dbias

@@ -1,0 +1,266 @@
+"""Standardising arrays (n, c, m) that lie in memory as (m, c, n): sums of columns, and what is done with them.
+
+See :mod:`mpiml.kernels.normalize`. A place is a row of k = c * n columns, taken in whole vectors; where their number does
+not come out even, the last vector begins earlier and overlaps the one before. Several rows are taken at a time.
+"""
+
+import numpy as np
+
+from .jit import kernel
+from .simd import (
+    dot_tile,
+    first_lanes,
+    fma,
+    lanes,
+    load,
+    load_part,
+    load_tile,
+    reduce_add,
+    select,
+    splat,
+    store,
+    store_tile,
+    tile_fma,
+    tile_subtract,
+)
+
+ROWS = 8
+
+
+def _make_moments(size):
+    """A kernel that adds the rows from ``start`` to ``stop``, ``size`` at a time, to the columns' means and squares about them.
+
+    Chan, Golub and LeVeque 1983, "Algorithms for computing the sample variance".
+    """
+    @kernel(exact=True)
+    def moments(x, step, start, stop, k, mean, square):
+        width, t = lanes(x), x.dtype.type
+        zero, one, share = splat(t(0)), splat(t(1)), splat(t(1) / t(size))
+        for p in range(start, stop, size):
+            part, both = splat(t(size) / t(p + size)), splat(t(p) * t(size) / t(p + size))
+            for slot in range(0, len(mean), width):
+                tile = load_tile(x, p * step + min(slot, k - width), step, None, size, 1)
+                mu = dot_tile(tile, one, zero) * share
+                d = tile_subtract(tile, mu)
+                off = mu - load(mean, slot)
+                store(mean, slot, fma(off, part, load(mean, slot)))
+                store(square, slot, fma(off * off, both, dot_tile(d, d, load(square, slot))))
+
+    return moments
+
+
+def _make_sums(size, products):
+    """A kernel that adds the rows start, start + parts, ..., ``size`` at a time, to row ``part`` of two sums.
+
+    These are those of g and of g * (x - mean); without ``products`` of d = x - mean and of d * d.
+    """
+    @kernel(exact=True)
+    def sums(g, g_step, x, step, start, stop, k, mean, total, product, part):
+        width = lanes(x)
+        parts, slots = total.shape
+        one = splat(x.dtype.type(1))
+        for p in range(start, stop - (size - 1) * parts, size * parts):
+            for slot in range(0, slots, width):
+                i, to = min(slot, k - width), part * slots + slot
+                d = tile_subtract(load_tile(x, p * step + i, parts * step, None, size, 1), load(mean, i))
+                v = load_tile(g, p * g_step + i, parts * g_step, None, size, 1) if products else d
+                store(total, to, dot_tile(v, one, load(total, to)))
+                store(product, to, dot_tile(v, d, load(product, to)))
+
+    return sums
+
+
+def _make_affine(size, vjp):
+    """A kernel for y = (x - mean) * scale + shift, or (vjp) y = g * scale + (x - mean) * slope + shift, by columns."""
+    @kernel(exact=True)
+    def affine(g, g_step, x, step, start, stop, k, mean, scale, slope, shift, y, y_step):
+        width = lanes(x)
+        for p in range(start, stop, size):
+            for slot in range(0, k, width):
+                i = min(slot, k - width)
+                d = tile_subtract(load_tile(x, p * step + i, step, None, size, 1), load(mean, i))
+                if vjp:
+                    v = tile_fma(d, load(slope, i), load(shift, i))
+                    v = tile_fma(load_tile(g, p * g_step + i, g_step, None, size, 1), load(scale, i), v)
+                else:
+                    v = tile_fma(d, load(scale, i), load(shift, i))
+                store_tile(v, y, p * y_step + i, y_step, None, 1)
+
+    return affine
+
+
+_moments, _moments_of_one = _make_moments(ROWS), _make_moments(1)
+_products, _products_of_one = _make_sums(ROWS // 2, True), _make_sums(1, True)
+_deviations, _deviations_of_one = _make_sums(ROWS // 2, False), _make_sums(1, False)
+_affine, _affine_of_one = _make_affine(ROWS // 2, False), _make_affine(1, False)
+_affine_vjp, _affine_vjp_of_one = _make_affine(ROWS // 2, True), _make_affine(1, True)
+
+
+@kernel(exact=True)
+def _unfold(sums, k):
+    """Bring the sums of the last, overlapping vector to the places of their columns."""
+    parts, slots = sums.shape
+    for part in range(parts):
+        for j in range(slots - lanes(sums), k):
+            sums[part, j] = sums[part, j + slots - k]
+
+
+@kernel(exact=True)
+def _add_parts(sums, n, each, out):
+    """Add up the parts of each sample's columns, each of ``each`` channels, as the lanes of a row are."""
+    parts = len(sums)
+    total = np.empty((parts, n), sums.dtype)
+    for group in range(out.shape[1]):
+        total[:] = 0
+        for ch in range(group * each, (group + 1) * each):
+            for part in range(parts):
+                for i in range(n):
+                    total[part, i] += sums[part, ch * n + i]
+        half = parts // 2
+        while half:
+            for part in range(half):
+                for i in range(n):
+                    total[part, i] += total[part + half, i]
+            half //= 2
+        for i in range(n):
+            out[i, group] = total[0, i]
+
+
+@kernel(exact=True)
+def _add_columns(sums, n, each, samples, out):
+    """Add up the columns of each block of ``samples`` samples and ``each`` channels."""
+    for b in range(len(out)):
+        first, end = b * samples, min((b + 1) * samples, n)
+        for group in range(out.shape[1]):
+            total = splat(sums.dtype.type(0))
+            for ch in range(group * each, (group + 1) * each):
+                for i in range(ch * n + first, ch * n + end, lanes(sums)):
+                    total = total + load_part(sums, i, ch * n + end - i)
+            out[b, group] = reduce_add(total)
+
+
+@kernel(exact=True)
+def _sample_moments(x, step, mean, var):
+    """For groups of channels of each sample on its own, as :func:`mpiml.kernels.normalize_rows.row_moments`, bit by bit."""
+    n, c, m = x.shape
+    k, parts = n * c, lanes(x)
+    each = c // mean.shape[1]
+    count = x.dtype.type(each * m)
+    total, square = np.empty((parts, -(-k // parts) * parts), x.dtype), np.empty((parts, -(-k // parts) * parts), x.dtype)
+    off, rest = np.zeros(k, x.dtype), np.empty_like(mean)
+    for twice in range(2):
+        total[:] = 0
+        square[:] = 0
+        _sum_up(x, step, x, step, m, k, off, total, square, False)
+        _add_parts(total, n, each, rest)
+        _add_parts(square, n, each, var)
+        for i in range(n):
+            for group in range(mean.shape[1]):
+                rest[i, group] /= count
+                if twice:
+                    var[i, group] = max(var[i, group] / count - rest[i, group] * rest[i, group], x.dtype.type(0))
+                    mean[i, group] += rest[i, group]
+                else:
+                    mean[i, group] = rest[i, group]
+        off = expand(mean, n, c, 1, True)
+
+
+@kernel(exact=True)
+def _sum_up(g, g_step, x, step, m, k, mean, total, product, products):
+    parts = len(total)
+    for part in range(parts):
+        whole = part + (m - part + parts - 1) // parts // (ROWS // 2) * (ROWS // 2) * parts if m > part else part
+        if products:
+            _products(g, g_step, x, step, part, m, k, mean, total, product, part)
+            _products_of_one(g, g_step, x, step, whole, m, k, mean, total, product, part)
+        else:
+            _deviations(g, g_step, x, step, part, m, k, mean, total, product, part)
+            _deviations_of_one(g, g_step, x, step, whole, m, k, mean, total, product, part)
+    _unfold(total, k)
+    _unfold(product, k)
+
+
+@kernel(exact=True)
+def column_moments(x, samples, groups, mean, var):
+    n, c, m = x.shape
+    k, step, width, t = n * c, x.strides[2] // x.itemsize, lanes(x), x.dtype.type
+    if samples == 1:
+        _sample_moments(x, step, mean, var)
+        return
+    each = c // groups
+    mu, square = np.zeros((1, -(-k // width) * width), x.dtype), np.zeros((1, -(-k // width) * width), x.dtype)
+    _moments(x, step, 0, m // ROWS * ROWS, k, mu.reshape(-1), square.reshape(-1))
+    _moments_of_one(x, step, m // ROWS * ROWS, m, k, mu.reshape(-1), square.reshape(-1))
+    _unfold(mu, k)
+    _unfold(square, k)
+    _add_columns(square, n, each, samples, var)
+    for b in range(len(mean)):  # the columns' means, less one of them, which is that much more exact
+        first, end = b * samples, min((b + 1) * samples, n)
+        count = t((end - first) * each)
+        for group in range(groups):
+            base = mu[0, group * each * n + first]
+            total = splat(t(0))
+            for ch in range(group * each, (group + 1) * each):
+                for i in range(ch * n + first, ch * n + end, width):
+                    rest = min(width, ch * n + end - i)
+                    d = load_part(mu, i, rest) - splat(base)
+                    total = total + select(first_lanes(d, rest), d, splat(t(0)))
+            off = reduce_add(total) / count
+            total = splat(t(0))
+            for ch in range(group * each, (group + 1) * each):
+                for i in range(ch * n + first, ch * n + end, width):
+                    rest = min(width, ch * n + end - i)
+                    d = (load_part(mu, i, rest) - splat(base)) - splat(off)
+                    d = select(first_lanes(d, rest), d, splat(t(0)))
+                    total = fma(d, d, total)
+            mean[b, group] = base + off
+            var[b, group] = (var[b, group] / t(m) + reduce_add(total)) / count
+
+
+@kernel(exact=True)
+def column_products(g, x, samples, mean, total, product):
+    """Sums of g and of g * (x - mean) for each block and channel."""
+    n, c, m = x.shape
+    k, width, size = n * c, lanes(x), x.itemsize
+    shape = (width if samples == 1 else 1, -(-k // width) * width)
+    totals, products = np.zeros(shape, x.dtype), np.zeros(shape, x.dtype)
+    _sum_up(g, g.strides[2] // size, x, x.strides[2] // size, m, k, expand(mean, n, c, samples, True), totals, products, True)
+    if samples == 1:
+        _add_parts(totals, n, 1, total)
+        _add_parts(products, n, 1, product)
+    else:
+        _add_columns(totals, n, 1, samples, total)
+        _add_columns(products, n, 1, samples, product)
+
+
+@kernel(exact=True)
+def expand(values, n, c, samples, columns):
+    """``values`` of (blocks, groups) as coefficients of (blocks, channels), or of all columns."""
+    blocks, groups = values.shape
+    each = c // groups
+    out = np.empty(c * n if columns else c * blocks, values.dtype)
+    for ch in range(c):
+        for b in range(blocks):
+            if columns:
+                for i in range(ch * n + b * samples, ch * n + min((b + 1) * samples, n)):
+                    out[i] = values[b, ch // each]
+            else:
+                out[b * c + ch] = values[b, ch // each]
+    return out
+
+
+@kernel(exact=True)
+def column_affine(g, x, samples, mean, scale, slope, shift, y, vjp):
+    """y = (x - mean) * scale + shift; or, with vjp, g * scale + (x - mean) * slope + shift."""
+    n, c, m = x.shape
+    size = x.itemsize
+    k, g_step, step, y_step = n * c, g.strides[2] // size, x.strides[2] // size, y.strides[2] // size
+    mu, factor, term = expand(mean, n, c, samples, True), expand(scale, n, c, samples, True), expand(shift, n, c, samples, True)
+    whole = m // (ROWS // 2) * (ROWS // 2)
+    if vjp:
+        tilt = expand(slope, n, c, samples, True)
+        _affine_vjp(g, g_step, x, step, 0, whole, k, mu, factor, tilt, term, y, y_step)
+        _affine_vjp_of_one(g, g_step, x, step, whole, m, k, mu, factor, tilt, term, y, y_step)
+    else:
+        _affine(x, step, x, step, 0, whole, k, mu, factor, term, term, y, y_step)
+        _affine_of_one(x, step, x, step, whole, m, k, mu, factor, term, term, y, y_step)

@@ -1,0 +1,142 @@
+"""Standardising arrays (n, c, m) whose places (last axis) are contiguous: sums, and what is done with them.
+
+See :mod:`mpiml.kernels.normalize`. Sums over a channel's places are taken lane by lane, then over channels and samples
+lane by lane, and over the lanes last.
+"""
+
+from numba.extending import register_jitable
+
+from .jit import kernel
+from .simd import first_lanes, fma, lanes, load, load_part, reduce_add, select, splat, store, store_part
+
+inlined = register_jitable(inline="always")  # a call that hands over arrays counts references: too much for a short run
+
+@inlined
+def _run_sum(x, i, count):
+    """Sum, lane by lane, of the ``count`` elements from position ``i``."""
+    width = lanes(x)
+    total = splat(x.dtype.type(0))
+    whole = i + count // width * width
+    for j in range(i, whole, width):
+        total = total + load(x, j)
+    if count % width:
+        total = total + load_part(x, whole, count % width)
+    return total
+
+
+@inlined
+def _run_products(g, i, x, j, count, mean):
+    """Sums, lane by lane, of g and of g * (x - mean), over ``count`` elements from ``i`` of g and ``j`` of x."""
+    width = lanes(x)
+    total, product, mu = splat(x.dtype.type(0)), splat(x.dtype.type(0)), splat(mean)
+    whole = count // width * width
+    for k in range(0, whole, width):
+        v = load(g, i + k)
+        total = total + v
+        product = fma(v, load(x, j + k) - mu, product)
+    if count % width:
+        v = load_part(g, i + whole, count % width)
+        total = total + v
+        product = fma(v, load_part(x, j + whole, count % width) - mu, product)
+    return total, product
+
+
+@inlined
+def _run_deviations(x, i, count, mean):
+    """Sums, lane by lane, of d = x - mean and of d * d, over the ``count`` elements from position ``i``."""
+    width = lanes(x)
+    zero, mu = splat(x.dtype.type(0)), splat(mean)
+    total, square = zero, zero
+    whole = i + count // width * width
+    for j in range(i, whole, width):
+        d = load(x, j) - mu
+        total = total + d
+        square = fma(d, d, square)
+    if count % width:
+        d = select(first_lanes(mu, count % width), load_part(x, whole, count % width) - mu, zero)
+        total = total + d
+        square = fma(d, d, square)
+    return total, square
+
+
+@kernel(exact=True)
+def row_moments(x, samples, groups, mean, var):
+    n, c, m = x.shape
+    size = x.itemsize
+    by_sample, by_channel = x.strides[0] // size, x.strides[1] // size
+    t = x.dtype.type
+    each = c // groups
+    for b in range(len(mean)):
+        first, end = b * samples, min((b + 1) * samples, n)
+        count = t((end - first) * each * m)
+        for group in range(groups):
+            total = splat(t(0))
+            for i in range(first, end):
+                for ch in range(group * each, (group + 1) * each):
+                    total = total + _run_sum(x, i * by_sample + ch * by_channel, m)
+            mu = reduce_add(total) / count
+            total, square = splat(t(0)), splat(t(0))
+            for i in range(first, end):
+                for ch in range(group * each, (group + 1) * each):
+                    d, dd = _run_deviations(x, i * by_sample + ch * by_channel, m, mu)
+                    total = total + d
+                    square = square + dd
+            rest = reduce_add(total) / count
+            mean[b, group] = mu + rest
+            var[b, group] = max(reduce_add(square) / count - rest * rest, t(0))
+
+
+@kernel(exact=True)
+def row_products(g, x, samples, mean, total, product):
+    n, c, m = x.shape
+    size = x.itemsize
+    each = c // mean.shape[1]
+    for b in range(len(mean)):
+        for ch in range(c):
+            gs, gx = splat(x.dtype.type(0)), splat(x.dtype.type(0))
+            for i in range(b * samples, min((b + 1) * samples, n)):
+                s, p = _run_products(g, i * (g.strides[0] // size) + ch * (g.strides[1] // size),
+                                    x, i * (x.strides[0] // size) + ch * (x.strides[1] // size), m, mean[b, ch // each])
+                gs = gs + s
+                gx = gx + p
+            total[b, ch] = reduce_add(gs)
+            product[b, ch] = reduce_add(gx)
+
+
+@kernel(exact=True)
+def row_affine(x, samples, mean, scale, shift, y):
+    """y = (x - mean) * scale + shift; mean is (blocks, groups), the others (blocks, c)."""
+    n, c, m = x.shape
+    size, width, each = x.itemsize, lanes(x), c // mean.shape[1]
+    whole = m // width * width
+    for i in range(n):
+        for ch in range(c):
+            b = i // samples
+            mu, factor, term = splat(mean[b, ch // each]), splat(scale[b, ch]), splat(shift[b, ch])
+            at_x = i * (x.strides[0] // size) + ch * (x.strides[1] // size)
+            at_y = i * (y.strides[0] // size) + ch * (y.strides[1] // size)
+            for j in range(0, whole, width):
+                store(y, at_y + j, fma(load(x, at_x + j) - mu, factor, term))
+            if whole < m:
+                v = load_part(x, at_x + whole, m - whole)
+                store_part(y, at_y + whole, fma(v - mu, factor, term), m - whole)
+
+
+@kernel(exact=True)
+def row_affine_vjp(g, x, samples, mean, scale, slope, shift, out):
+    """out = g * scale + (x - mean) * slope + shift; mean is (blocks, groups), the others (blocks, c)."""
+    n, c, m = x.shape
+    size, width, each = x.itemsize, lanes(x), c // mean.shape[1]
+    whole = m // width * width
+    for i in range(n):
+        for ch in range(c):
+            b = i // samples
+            mu, factor, tilt, term = splat(mean[b, ch // each]), splat(scale[b, ch]), splat(slope[b, ch]), splat(shift[b, ch])
+            at_x = i * (x.strides[0] // size) + ch * (x.strides[1] // size)
+            at_g = i * (g.strides[0] // size) + ch * (g.strides[1] // size)
+            to = i * (out.strides[0] // size) + ch * (out.strides[1] // size)
+            for j in range(0, whole, width):
+                store(out, to + j, fma(load(g, at_g + j), factor, fma(load(x, at_x + j) - mu, tilt, term)))
+            if whole < m:
+                gv, xv = load_part(g, at_g + whole, m - whole), load_part(x, at_x + whole, m - whole)
+                store_part(out, to + whole, fma(gv, factor, fma(xv - mu, tilt, term)), m - whole)
