@@ -4,6 +4,7 @@ import argparse
 import functools
 import sys
 
+from mpiml.kernels.warmup import warm_up
 from mpiml.schedule import SCHEDULES, picture, simulate, text
 
 
@@ -23,6 +24,11 @@ def draw(args):
           f"micro-batches alive at most {', '.join(alive)}")
     if args.out:
         picture({title: timeline}, args.out)
+
+
+def warmup(args):
+    """Compile all kernels for this CPU into the cache on disk, so that later runs start at once."""
+    warm_up(args.dtype)
 
 
 def whole(text):
@@ -52,6 +58,10 @@ def main():
     command.add_argument("--message", type=time, default=0.0, metavar="TIME", help="time of a message (default 0)")
     command.add_argument("--out", metavar="FILE", help="also write a picture: .svg, .png or .pdf")
     command.set_defaults(run=draw)
+    command = commands.add_parser("warmup", help=warmup.__doc__, description=warmup.__doc__)
+    command.add_argument("--dtype", nargs="+", choices=("float32", "float64"), default=("float32", "float64"),
+                         help="float32, float64 or both (default)")
+    command.set_defaults(run=warmup)
     args = parser.parse_args()
     try:
         args.run(args)

@@ -14,7 +14,7 @@ ALLOWED = {
     "__init__.py": ({"cores", "data", "kernels", "nn", "ops", "optim", "tensor"}, set()),
     "cores.py": (set(), {"threadpoolctl"}),
     "random.py": (set(), {"numpy"}),
-    "kernels": ({"cores", "kernels"}, {"numpy", "numba"}),
+    "kernels": ({"cores", "kernels"}, {"llvmlite", "numpy", "numba"}),
     "tensor.py": (set(), {"numpy"}),
     "ops": ({"kernels", "ops", "tensor"}, {"numpy"}),
     "nn.py": ({"ops", "random", "tensor"}, {"numpy"}),
@@ -23,7 +23,7 @@ ALLOWED = {
     "data": ({"data", "random"}, {"numpy", "pooch", "requests"}),
     "save.py": (set(), {"numpy", "safetensors"}),
     "schedule": ({"schedule"}, {"matplotlib", "numpy"}),
-    "__main__.py": ({"schedule"}, set()),
+    "__main__.py": ({"kernels", "schedule"}, set()),
     "parallel": ({"cores", "data", "kernels", "nn", "parallel", "schedule", "tensor"},
                  {"llvmlite", "mpi4py", "numba", "numpy", "tqdm"}),
 }

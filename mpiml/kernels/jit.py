@@ -78,13 +78,14 @@ class _Report:
 
     def __init__(self):
         self.count, self.seconds, self._started = 0, 0.0, None
+        self.quiet = False
 
     @property
     def idle(self):
         return self._started is None
 
     def start(self, name):
-        if self._started is not None or cores.rank_on_node():
+        if self.quiet or self._started is not None or cores.rank_on_node():
             return
         self._started = perf_counter()
         text = "mpiml: compiling kernels for this CPU (first use only)"
@@ -110,6 +111,16 @@ class _Report:
 
 
 _lock, _report = _NodeLock(), _Report()
+
+
+@contextlib.contextmanager
+def silent():
+    """Say nothing on compiling meanwhile."""
+    _report.quiet = True
+    try:
+        yield
+    finally:
+        _report.quiet = False
 
 
 @functools.cache
@@ -193,13 +204,13 @@ class _NoCache(NullCache):
 class _NodeCache(FunctionCache):
     """Numba's cache of one kernel, with the files above; compiling goes through the lock of the node."""
 
-    def __init__(self, function):
+    def __init__(self, function, digest):
         super().__init__(function)
-        source = function.__code__.co_filename
         base = f"{self._impl.filename_base}.numba{numba.__version__}"
-        stamp = _digest(source), self._impl.locator.get_source_stamp()
+        stamp = digest, self._impl.locator.get_source_stamp()
         self._cache_file = _Files(self._cache_path, base, stamp)
-        common = os.path.join(os.path.dirname(source), "__pycache__")  # perhaps filled by who may write there
+        # Perhaps filled by who may write there:
+        common = os.path.join(os.path.dirname(function.__code__.co_filename), "__pycache__")
         self._common = None if common == self._cache_path or config.CACHE_DIR else _Files(common, base, stamp)
 
     def load_overload(self, sig, target_context):
@@ -258,6 +269,7 @@ def kernel(function=None, *, exact=False, reads="", writes=""):
                             fastmath=False if exact else FASTMATH)(function)
     names = function.__code__.co_varnames[:function.__code__.co_argcount]
     any_strides = {names.index(name): name in reads.split() for name in (reads + " " + writes).split()}
+    digest = _digest(function.__code__.co_filename)  # of the text as it is imported, which may change before the first call
     compile_ = dispatcher.compile
     known, caches = set(), []  # looking for a folder takes time, so it waits for the first call
 
@@ -273,7 +285,7 @@ def kernel(function=None, *, exact=False, reads="", writes=""):
         with global_compiler_lock:  # the lock counts for this process: one thread at a time
             if not caches:
                 try:
-                    caches.append(_NodeCache(function))
+                    caches.append(_NodeCache(function, digest))
                 except RuntimeError:
                     caches.append(_NoCache(function))
                 dispatcher._cache = caches[0]
