@@ -80,4 +80,13 @@ def embedding(ids, weight):
     ids = np.asarray(ids)
     if ids.dtype.kind not in "iu":
         raise TypeError(f"embedding takes integer ids, not {ids.dtype}")
-    return k.embedding(ids, weight), (None, lambda g: k.embedding_vjp(g, ids, len(weight)))
+    rows = len(weight)
+
+    def vjp(g, into):
+        place = into[1]
+        if place is True or not place.flags.c_contiguous:
+            return None, k.embedding_vjp(g, ids, rows)
+        k.embedding_vjp(g, ids, rows, place, True)
+        return None, None
+
+    return k.embedding(ids, weight), vjp
