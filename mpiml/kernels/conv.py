@@ -1,115 +1,125 @@
-"""Two-dimensional convolution as one matrix product over unrolled patches ("im2col"), and its two gradients.
+"""Two-dimensional convolution and its gradients, for images that lie batch innermost in memory.
 
-The patches of an image, one column each, form a matrix of (channels * kernel height * kernel width) rows and
-(output height * output width) columns. The convolution is the weight matrix times it; the gradient for the
-weight is the output gradient times its transpose; the gradient for the image adds each row of
-``weight' g`` back to where it was taken from. (Chellapilla, Puri and Simard 2006.)
+See :mod:`layout` for how images lie, :mod:`direct` for the convolution and the gradient for its images, which is one
+too, and :mod:`convweight` for the gradient for the weight.
 """
 
 import numpy as np
 
-from .jit import kernel
+from .convweight import weight_gradient
+from .direct import convolve
+from .layout import images, innermost, is_batch_innermost
+from .public import check_dtypes, output, public, refuse
 
 
-@kernel
-def _span(out, size, k, stride, padding, dilation):
-    """First and end output position whose tap ``k`` lies inside the image."""
-    offset = k * dilation - padding
-    first = max(0, (-offset + stride - 1) // stride)
-    end = min(out, (size - 1 - offset) // stride + 1)
-    return first, max(first, end), offset
-
-
-@kernel
-def _unroll(x, columns, kh, kw, oh, ow, stride, padding, dilation):
-    n, c, h, w = x.shape
-    for i in range(n):
-        for row in range(c * kh * kw):
-            ch, ky, kx = row // (kh * kw), row // kw % kh, row % kw
-            top, bottom, dy = _span(oh, h, ky, stride[0], padding[0], dilation[0])
-            left, right, dx = _span(ow, w, kx, stride[1], padding[1], dilation[1])
-            column = columns[i, row]
-            column[:] = 0
-            for y in range(top, bottom):
-                source = x[i, ch, y * stride[0] + dy]
-                for xx in range(left, right):
-                    column[y * ow + xx] = source[xx * stride[1] + dx]
-
-
-@kernel
-def _unroll_vjp(columns, x, kh, kw, oh, ow, stride, padding, dilation):
-    n, c, h, w = x.shape
-    x[:] = 0
-    for i in range(n):
-        for row in range(c * kh * kw):
-            ch, ky, kx = row // (kh * kw), row // kw % kh, row % kw
-            top, bottom, dy = _span(oh, h, ky, stride[0], padding[0], dilation[0])
-            left, right, dx = _span(ow, w, kx, stride[1], padding[1], dilation[1])
-            column = columns[i, row]
-            for y in range(top, bottom):
-                target = x[i, ch, y * stride[0] + dy]
-                for xx in range(left, right):
-                    target[xx * stride[1] + dx] += column[y * ow + xx]
-
-
+@public
 def out_size(size, k, stride, padding, dilation=1):
     """Number of output positions along an axis of ``size`` elements."""
     return (size + 2 * padding - dilation * (k - 1) - 1) // stride + 1
 
 
-def _geometry(x_shape, kernel_size, stride, padding, dilation):
-    sizes = [out_size(*a) for a in zip(x_shape[2:], kernel_size, stride, padding, dilation, strict=True)]
-    return (*kernel_size, *sizes, stride, padding, dilation)
+@public
+def _out_shape(x_shape, weight_shape, stride, padding, dilation, groups):
+    """Shape of the result, if images and weight fit each other."""
+    if len(x_shape) != 4 or len(weight_shape) != 4:
+        refuse("conv2d takes images (n, c, h, w) and a weight (out, c / groups, kh, kw), not {} and {}", x_shape, weight_shape)
+    n, c, h, w = x_shape
+    outputs, inners, kh, kw = weight_shape
+    if groups < 1 or c != inners * groups or outputs % groups != 0:
+        refuse("conv2d with weight {} and groups={} takes images of weight.shape[1] * groups channels and as many outputs as "
+               "a multiple of the groups, but the images have shape {}", weight_shape, groups, x_shape)
+    if min(stride[0], stride[1], dilation[0], dilation[1]) < 1 or min(padding[0], padding[1]) < 0:
+        refuse("conv2d takes strides and dilations >= 1 and a padding >= 0, not {}, {} and {}", stride, dilation, padding)
+    oh, ow = out_size(h, kh, stride[0], padding[0], dilation[0]), out_size(w, kw, stride[1], padding[1], dilation[1])
+    if oh < 1 or ow < 1:
+        refuse("a window of weight {} finds no place in images {}: pad them, or take a smaller one", weight_shape, x_shape)
+    return n, outputs, oh, ow
 
 
-def _columns(x, groups, kernel_size, stride, padding, dilation):
-    n, c = x.shape[:2]
-    geometry = _geometry(x.shape, kernel_size, stride, padding, dilation)
-    kh, kw, oh, ow = geometry[:4]
-    columns = np.empty((n, c * kh * kw, oh * ow), x.dtype)
-    _unroll(np.ascontiguousarray(x), columns, *geometry)
-    return columns.reshape(n, groups, c // groups * kh * kw, oh * ow)
+@public
+def _convolve(x, weight, bias, relu, y, stride, padding, dilation, groups, backward, out):
+    # The kernels write their own layout; a result wanted in another one is copied.
+    if out is None:
+        convolve(innermost(x), weight, bias, relu, y, stride, padding, dilation, groups, backward)
+        return y
+    output(out, y.shape, y.dtype)
+    if is_batch_innermost(out):
+        convolve(innermost(x), weight, bias, relu, out, stride, padding, dilation, groups, backward)
+    else:
+        convolve(innermost(x), weight, bias, relu, y, stride, padding, dilation, groups, backward)
+        out[:] = y
+    return out
 
 
-def conv2d(x, weight, stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=1):
+@public
+def conv2d(x, weight, stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=1, bias=None, relu=False, out=None):
     """Cross-correlation of images with a kernel, as in PyTorch.
 
     Parameters
     ----------
     x : (n, c, h, w) array, float32 or float64
+        Fastest where it lies batch innermost (:mod:`mpiml.kernels.layout`), else it is copied.
     weight : (out, c / groups, kh, kw) array of the same dtype
+        Fastest where its outputs lie side by side (``np.asfortranarray(weight)``).
     stride, padding, dilation : pairs of int
         Steps between output positions, rows and columns of zeros around the image, steps between taps.
     groups : int
         Number of blocks that the channels are split into; each sees its own inputs only.
+    bias : (out,) array, optional
+        Is added.
+    relu : bool
+        ``max(., 0)`` of the result; NaN stays NaN.
+    out : (n, out, oh, ow) array, optional
+        Where the result is written.
 
     Returns
     -------
-    (n, out, oh, ow) array, ``oh = (h + 2 * padding - dilation * (kh - 1) - 1) // stride + 1``
+    (n, out, oh, ow) array, batch innermost, ``oh = (h + 2 * padding - dilation * (kh - 1) - 1) // stride + 1``
+
+    Raises
+    ------
+    TypeError
+        Other dtypes than float32 and float64, or several.
+    ValueError
+        Shapes that do not fit each other.
     """
-    out, _, kh, kw = weight.shape
-    _, _, oh, ow, *_ = _geometry(x.shape, (kh, kw), stride, padding, dilation)
-    columns = _columns(x, groups, (kh, kw), stride, padding, dilation)
-    y = np.matmul(weight.reshape(groups, out // groups, -1), columns)
-    return y.reshape(len(x), out, oh, ow)
+    check_dtypes("conv2d", x, weight, bias)
+    n, outputs, oh, ow = _out_shape(x.shape, weight.shape, stride, padding, dilation, groups)
+    ends = np.empty(0, x.dtype) if bias is None else bias
+    if bias is not None and bias.shape != (outputs,):
+        refuse("conv2d with weight {} takes a bias of shape (weight.shape[0],), not {}", weight.shape, bias.shape)
+    y = images(n, outputs, oh, ow, x.dtype)
+    return _convolve(x, weight, ends, relu, y, stride, padding, dilation, groups, False, out)
 
 
-def conv2d_vjp_x(g, weight, x_shape, stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=1):
-    """Gradient for x, of shape ``x_shape``, from ``g`` (n, out, oh, ow)."""
-    out, _, kh, kw = weight.shape
-    geometry = _geometry(x_shape, (kh, kw), stride, padding, dilation)
-    oh, ow = g.shape[2:]
-    rows = weight.reshape(groups, out // groups, -1).swapaxes(1, 2)
-    columns = np.matmul(rows, g.reshape(len(g), groups, out // groups, oh * ow))
-    x = np.empty(x_shape, g.dtype)
-    _unroll_vjp(np.ascontiguousarray(columns).reshape(len(g), x_shape[1] * kh * kw, oh * ow), x, *geometry)
-    return x
+@public
+def _check_gradient(g, expected):
+    if g.shape != expected:
+        refuse("the gradient for the result of this conv2d has shape {}, not {}", expected, g.shape)
 
 
-def conv2d_vjp_weight(g, x, weight_shape, stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=1):
-    """Gradient for weight, of shape ``weight_shape``, from ``g`` (n, out, oh, ow)."""
-    out, _, kh, kw = weight_shape
-    oh, ow = g.shape[2:]
-    columns = _columns(x, groups, (kh, kw), stride, padding, dilation)
-    blocks = g.reshape(len(g), groups, out // groups, oh * ow)
-    return np.matmul(blocks, columns.swapaxes(2, 3)).sum(axis=0).reshape(weight_shape)
+@public
+def conv2d_vjp_x(g, weight, x_shape, stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=1, out=None):
+    """Gradient for x, of shape ``x_shape``, batch innermost, from ``g`` (n, out, oh, ow); errors as of :func:`conv2d`."""
+    check_dtypes("conv2d_vjp_x", g, weight)
+    _check_gradient(g, _out_shape(x_shape, weight.shape, stride, padding, dilation, groups))
+    dx = images(x_shape[0], x_shape[1], x_shape[2], x_shape[3], g.dtype)
+    return _convolve(g, weight, np.empty(0, g.dtype), False, dx, stride, padding, dilation, groups, True, out)
+
+
+@public
+def conv2d_vjp_weight(g, x, weight_shape, stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=1, out=None):
+    """Gradient for weight, of shape ``weight_shape``, from ``g`` (n, out, oh, ow); errors as of :func:`conv2d`.
+
+    The result lies in memory with its outputs side by side, as ``np.asfortranarray`` of it does.
+    """
+    check_dtypes("conv2d_vjp_weight", g, x)
+    _check_gradient(g, _out_shape(x.shape, weight_shape, stride, padding, dilation, groups))
+    outputs, inners, kh, kw = weight_shape
+    if out is None:
+        dw = np.empty((kw, kh, inners, outputs), g.dtype).transpose((3, 2, 1, 0))
+        weight_gradient(innermost(g), innermost(x), dw, stride, padding, dilation, groups)
+        return dw
+    output(out, weight_shape, g.dtype)
+    weight_gradient(innermost(g), innermost(x), out, stride, padding, dilation, groups)
+    return out

@@ -238,6 +238,38 @@ def out_of_line(typing):
 
 
 @intrinsic
+def store_whole(typing, a, i, v, count):
+    """Write the first ``count`` lanes of ``v``, whole numbers, to position ``i`` of the int32 array ``a``."""
+    def code(context, builder, signature, args):
+        integers = builder.fptosi(args[2], ir.VectorType(_INT, v.lanes))
+        address = builder.bitcast(_pointer(context, builder, a, *args[:2]), integers.type.as_pointer())
+        mask = _first(builder, v, args[3])
+        function = cgutils.get_or_insert_function(
+            builder.module, ir.FunctionType(ir.VoidType(), [integers.type, address.type, _INT, mask.type]),
+            f"llvm.masked.store.v{v.lanes}i32.p0")
+        builder.call(function, [integers, address, ir.Constant(_INT, 4), mask])
+        return context.get_dummy_value()
+
+    return types.none(a, types.intp, v, types.intp), code
+
+
+@intrinsic
+def load_whole(typing, a, i, like, count):
+    """The first ``count`` elements at position ``i`` of the int32 array ``a``, as floats in a vector as ``like`` is one."""
+    def code(context, builder, signature, args):
+        integers = ir.VectorType(_INT, like.lanes)
+        address = builder.bitcast(_pointer(context, builder, a, *args[:2]), integers.as_pointer())
+        mask = _first(builder, like, args[3])
+        function = cgutils.get_or_insert_function(
+            builder.module, ir.FunctionType(integers, [address.type, _INT, mask.type, integers]),
+            f"llvm.masked.load.v{like.lanes}i32.p0")
+        loaded = builder.call(function, [address, ir.Constant(_INT, 4), mask, ir.Constant(integers, None)])
+        return builder.sitofp(loaded, _llvm(like))
+
+    return like(a, types.intp, like, types.intp), code
+
+
+@intrinsic
 def splat(typing, x):
     """The vector with the float32 or float64 ``x`` in all lanes."""
     kind = Vector(x)
@@ -431,8 +463,8 @@ def load_tile(typing, a, i, stride, count, size, vectors):
         counts = _counts(builder, args[3], count, kind, width)
         position, result = args[1], []
         for _ in range(len(tile) // width):
-            result += [_load(builder, kind, _pointer(context, builder, a, args[0], _moved(builder, position, j * kind.lanes), kind),
-                             counts[j]) for j in range(width)]
+            result += [_load(builder, kind, _pointer(
+                context, builder, a, args[0], _moved(builder, position, j * kind.lanes), kind), counts[j]) for j in range(width)]
             position = builder.add(position, args[2])
         return context.make_tuple(builder, tile, result)
 
@@ -484,16 +516,6 @@ def lanewise(typing, tile, a, i, a_row, b, j, b_row, count, width):
             for m, x in enumerate(left) for k, y in enumerate(right)])
 
     return tile(tile, a, types.intp, types.intp, b, types.intp, types.intp, _optional(count), width), code
-
-
-@intrinsic
-def add_tiles(typing, tile, other):
-    """The sum of two tiles."""
-    def code(context, builder, signature, args):
-        pairs = zip(*(cgutils.unpack_tuple(builder, a) for a in args), strict=True)
-        return context.make_tuple(builder, tile, [builder.fadd(*pair) for pair in pairs])
-
-    return tile(tile, other), code
 
 
 @intrinsic

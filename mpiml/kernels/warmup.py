@@ -21,7 +21,7 @@ WEIGHT = (4, 4, 3, 3)
 
 def _max_pool2d_vjp(x):
     y, index = k.max_pool2d(x(*IMAGES), (2, 2), (2, 2))
-    return k.max_pool2d_vjp(y, index, IMAGES)
+    return k.max_pool2d_vjp(y, index, IMAGES, (2, 2), (2, 2))
 
 
 def _layer_norm_vjp(x):

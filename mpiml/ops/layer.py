@@ -40,9 +40,7 @@ def conv2d(x, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
                          f"multiple of the groups")
     vectors("conv2d", x, weight.shape[:1], bias=bias)
     windows("conv2d", x, weight.shape[2:], stride, padding, dilation)
-    value = k.conv2d(x, weight, stride, padding, dilation, groups)
-    if bias is not None:
-        value += bias[:, None, None]
+    value = k.conv2d(x, weight, stride, padding, dilation, groups, bias)
     return value, (lambda g: k.conv2d_vjp_x(g, weight, x.shape, stride, padding, dilation, groups),
                    lambda g: k.conv2d_vjp_weight(g, x, weight.shape, stride, padding, dilation, groups),
                    lambda g: g.sum(axis=(0, 2, 3)))
@@ -59,7 +57,7 @@ def max_pool2d(x, kernel_size, stride=None, padding=0):
         raise ValueError(f"max_pool2d with windows of {size} takes a padding of half of that at most, not {padding}")
     value, index = k.max_pool2d(x, size, stride, padding)
     shape = x.shape
-    return value, (lambda g: k.max_pool2d_vjp(g, index, shape),)
+    return value, (lambda g: k.max_pool2d_vjp(g, index, shape, size, stride, padding),)
 
 
 @op

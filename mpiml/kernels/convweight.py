@@ -1,0 +1,198 @@
+"""Gradient of a convolution for its weight: a sum over samples and pixels, in two forms.
+
+For a row of the result's pixels and one row of taps it is a matrix product: tap column and input channel, which lie one
+after the other in the images, times output channels, summed over the pixels of the row and the samples.
+
+* Lanes are output channels: the row of ``g`` is transposed, once for all taps; a step broadcasts the images' elements.
+  For as many output channels as fill the lanes.
+* Lanes are samples: a step multiplies vectors of ``g`` and of the images as they lie; the lanes are summed at the end.
+  For few output channels, or few elements to broadcast.
+
+Each row of pixels has a sum of its own that is then added to the others': short chains of additions, small errors.
+"""
+
+import numpy as np
+
+from .jit import kernel
+from .simd import (
+    lanes,
+    lanewise,
+    load,
+    load_row,
+    load_tile,
+    out_of_line,
+    outer,
+    reduce_add,
+    store_tile,
+    tile_add,
+    turn_part,
+    zero_tile,
+)
+from .taps import COUNT, FIRST, SOURCE, forward_taps
+
+CHAIN = 4096  # terms of a sum before it is added to the total
+
+
+def _make_broadcast(rows):
+    @kernel(exact=True, reads="x")
+    def tile(x, xi, x_row, x_pixel, g, gi, g_row, pixels, samples, total, ti, t_row):
+        out_of_line()
+        acc = zero_tile(g, rows)
+        for p in range(pixels):
+            xk = xi + p * x_pixel
+            for _ in range(samples):
+                acc = outer(acc, x, xk, x_row, load_row(g, gi, None, 1))
+                xk += 1
+                gi += g_row
+        store_tile(tile_add(acc, load_tile(total, ti, t_row, None, rows, 1)), total, ti, t_row, None, 1)
+
+    return tile
+
+
+def _make_dots(rows, columns):
+    size = rows * columns
+
+    @kernel(exact=True, reads="g x")
+    def tile(g, gi, g_row, g_pixel, x, xi, x_column, x_pixel, pixels, samples, total, ti, t_row):
+        out_of_line()
+        acc = zero_tile(total, size)
+        for p in range(pixels):
+            gk, xk = gi + p * g_pixel, xi + p * x_pixel
+            for i in range(0, samples, lanes(g)):
+                acc = lanewise(acc, g, gk + i, g_row, x, xk + i, x_column, samples - i, columns)
+        store_tile(tile_add(acc, load_tile(total, ti, t_row, None, size, columns)), total, ti, t_row, None, columns)
+
+    return tile
+
+
+_eight, _five, _four, _two, _one = (_make_broadcast(rows) for rows in (8, 5, 4, 2, 1))
+_three_five, _three_three, _three_one, _one_five, _one_three, _one_one = (
+    _make_dots(rows, columns) for rows in (3, 1) for columns in (5, 3, 1))
+
+
+@kernel(exact=True, reads="x")
+def _broadcast(x, xi, x_row, x_pixel, g, gi, g_row, pixels, samples, total, ti, t_row, rows, outputs):
+    """All tiles of one product, lanes being output channels: ``rows`` x ``outputs`` sums."""
+    out_of_line()
+    r = 0
+    while r < rows:
+        left = rows - r
+        step = 5 if left == 9 else 8 if left >= 8 else 4 if left >= 4 else 2 if left >= 2 else 1
+        for o in range(0, outputs, lanes(g)):
+            task = (x, xi + r * x_row, x_row, x_pixel, g, gi + o, g_row, pixels, samples, total, ti + r * t_row + o, t_row)
+            if step == 8:
+                _eight(*task)
+            elif step == 5:
+                _five(*task)
+            elif step == 4:
+                _four(*task)
+            elif step == 2:
+                _two(*task)
+            else:
+                _one(*task)
+        r += step
+
+
+@kernel(exact=True, reads="x g")
+def _dots(x, xi, x_row, x_pixel, g, gi, g_row, g_pixel, pixels, samples, total, ti, t_row, rows, outputs):
+    """The same, lanes being samples."""
+    out_of_line()
+    o = 0
+    while o < outputs:
+        high = 3 if outputs - o >= 3 else 1
+        r = 0
+        while r < rows:
+            wide = 5 if rows - r >= 5 else 3 if rows - r >= 3 else 1
+            task = (g, gi + o * g_row, g_row, g_pixel, x, xi + r * x_row, x_row, x_pixel, pixels, samples,
+                    total, ti + o * t_row + r * lanes(g), t_row)
+            if high == 3:
+                if wide == 5:
+                    _three_five(*task)
+                elif wide == 3:
+                    _three_three(*task)
+                else:
+                    _three_one(*task)
+            elif wide == 5:
+                _one_five(*task)
+            elif wide == 3:
+                _one_three(*task)
+            else:
+                _one_one(*task)
+            r += wide
+        o += high
+
+
+@kernel(exact=True, reads="g x", writes="dw")
+def weight_gradient(g, x, dw, stride, padding, dilation, groups):
+    """``conv2d_vjp_weight`` of ``g`` and ``x`` that lie batch innermost."""
+    out_of_line()
+    samples, channels, height, width = x.shape
+    _, out, oh, ow = g.shape
+    outputs, inners, kh, kw = dw.shape[0] // groups, dw.shape[1], dw.shape[2], dw.shape[3]
+    _, lines, line_step = forward_taps(height, kh, oh, stride[0], padding[0], dilation[0])
+    _, columns, column_step = forward_taps(width, kw, ow, stride[1], padding[1], dilation[1])
+
+    # What is a row of the product: a channel of all taps, a tap of the only channel, or a channel of one tap.
+    merged = column_step == 1 and groups == 1
+    single = inners == 1
+    rows = kw * inners
+    sections, section, row_stride = kw, inners, samples
+    if merged or single:
+        sections, section = 1, rows
+        if not merged:
+            row_stride = column_step * channels * samples
+
+    full = lanes(g)
+    filled = -(-outputs // full) * full
+    broadcast = 4 * outputs > 3 * filled and section > 4
+    line = filled if broadcast else outputs * full  # elements of ``total`` for a row
+    total = np.zeros(groups * kh * rows * line, g.dtype)
+    g_row = out + full
+    turned = np.zeros(ow * samples * g_row if broadcast else 0, g.dtype)
+    longest = max(1, CHAIN // max(samples, 1))
+
+    for oy in range(oh):
+        if lines[oy, COUNT] == 0:
+            continue
+        if broadcast:
+            for ox in range(ow):
+                for o in range(0, out, full):
+                    for i in range(0, samples, full):
+                        turn_part(g, ((oy * ow + ox) * out + o) * samples + i, samples,
+                                  turned, (ox * samples + i) * g_row + o, g_row, out - o, samples - i)
+        for group in range(groups):
+            for tap in range(lines[oy, COUNT]):
+                ky, iy = lines[oy, FIRST] + tap, lines[oy, SOURCE] + tap * line_step
+                ox = 0
+                while ox < ow:
+                    # Pixels side by side that the same taps meet.
+                    pixels = 1
+                    first, count = columns[ox, FIRST], columns[ox, COUNT]
+                    while (ox + pixels < ow and pixels < longest and columns[ox + pixels, FIRST] == first
+                           and columns[ox + pixels, COUNT] == count):
+                        pixels += 1
+                    taps = count if sections > 1 else min(count, 1)
+                    for kx in range(taps):
+                        r = (first + kx) * inners
+                        n = section if sections > 1 else count * inners
+                        xi = ((iy * width + columns[ox, SOURCE] + kx * column_step) * channels + group * inners) * samples
+                        at = (group * kh + ky) * rows * line
+                        if broadcast:
+                            _broadcast(x, xi, row_stride, stride[1] * channels * samples, turned,
+                                       ox * samples * g_row + group * outputs, g_row, pixels, samples,
+                                       total, at + r * line, line, n, outputs)
+                        else:
+                            _dots(x, xi, row_stride, stride[1] * channels * samples, g,
+                                  ((oy * ow + ox) * out + group * outputs) * samples, samples, out * samples, pixels, samples,
+                                  total, at + r * full, rows * full, n, outputs)
+                    ox += pixels
+    for o in range(len(dw)):
+        for c in range(inners):
+            for ky in range(kh):
+                for kx in range(kw):
+                    at = (o // outputs * kh + ky) * rows * line
+                    r, k = kx * inners + c, o % outputs
+                    if broadcast:
+                        dw[o, c, ky, kx] = total[at + r * line + k]
+                    else:
+                        dw[o, c, ky, kx] = reduce_add(load(total, at + (k * rows + r) * full))
