@@ -13,6 +13,7 @@ import math
 import numpy as np
 
 from . import kernels as k
+from .nn import Statistic
 
 
 def _require(condition, rule, value):
@@ -82,6 +83,13 @@ class Optimizer:
         self.steps += 1
 
 
+def _segments(model, adapt_vectors):
+    """Where the learnt parameters begin in the model's vector, with the end of the last, and which have their own rate."""
+    shapes = [p.shape for p in model.layout().values() if not isinstance(p, Statistic)]
+    bounds = np.cumsum([0, *(math.prod(shape) for shape in shapes)], dtype=np.int64)
+    return bounds, np.array([adapt_vectors or len(shape) > 1 for shape in shapes], bool)
+
+
 def _scalars(vector, *values):
     # A float64 scalar would widen a float32 kernel's arithmetic.
     return [vector.dtype.type(v) for v in values]
@@ -133,3 +141,55 @@ class AdamW(Adam):
 
     def __init__(self, model, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01):
         super().__init__(model, lr, betas, eps, weight_decay)
+
+
+class LARS(Optimizer):
+    """Momentum with a rate for each parameter by the norms of its weights and gradient, for large batches.
+
+    See :func:`mpiml.kernels.lars` (You et al. 2017, "Large batch training of convolutional networks").
+
+    Parameters
+    ----------
+    lr : number or function of the step
+    momentum, weight_decay : float
+    trust : float
+        The length of a step relative to that of the parameter, for ``lr=1``.
+    eps : float
+        Added to the gradient's norm.
+    adapt_vectors : bool
+        Also give biases and the weights of norms, all parameters of one axis, their own rate and decay; by default
+        they take plain momentum steps of ``lr``, as is customary.
+    """
+
+    def __init__(self, model, lr, momentum=0.9, weight_decay=0.0, trust=0.001, eps=0.0, adapt_vectors=False):
+        super().__init__(model, lr)
+        _require(momentum >= 0, "LARS needs momentum >= 0", momentum)
+        _require(weight_decay >= 0, "LARS needs weight_decay >= 0", weight_decay)
+        _require(trust > 0, "LARS needs trust > 0", trust)
+        _require(eps >= 0, "LARS needs eps >= 0", eps)
+        self.momentum, self.weight_decay, self.trust, self.eps = momentum, weight_decay, trust, eps
+        self.bounds, self.adapt = _segments(model, adapt_vectors)
+        self.velocity = self._moments()
+
+    def update(self, vector, gradient, lr):
+        k.lars(vector, gradient, self.velocity, self.bounds, self.adapt, lr, self.momentum, self.weight_decay, self.trust,
+               self.eps)
+
+
+class LAMB(Adam):
+    """Adam with a rate for each parameter by the norms of its weights and step, for large batches.
+
+    See :func:`mpiml.kernels.lamb` (You et al. 2020, "Large batch optimization for deep learning: training BERT in 76
+    minutes"). Parameters are those of :class:`Adam`, and ``adapt_vectors`` as in :class:`LARS`.
+    """
+
+    def __init__(self, model, lr=1e-3, betas=(0.9, 0.999), eps=1e-6, weight_decay=0.01, adapt_vectors=False):
+        super().__init__(model, lr, betas, eps, weight_decay)
+        self.bounds, self.adapt = _segments(model, adapt_vectors)
+
+    def update(self, vector, gradient, lr):
+        t = self.steps + 1
+        rests = [1 - beta for beta in self.betas]
+        corrections = [1 - beta**t for beta in self.betas]
+        k.lamb(vector, gradient, self.mean, self.square, self.bounds, self.adapt, lr, *self.betas, *rests, *corrections,
+               self.eps, self.weight_decay)

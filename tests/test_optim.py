@@ -7,7 +7,7 @@ import pytest
 
 from mpiml import kernels
 from mpiml.nn import BatchNorm2d, Conv2d, Flatten, Linear, Sequential
-from mpiml.optim import SGD, Adam, AdamW, clip_norm, constant, cosine, step_decay, warmup
+from mpiml.optim import LAMB, LARS, SGD, Adam, AdamW, clip_norm, constant, cosine, step_decay, warmup
 
 STEPS = 20
 CASES = [
@@ -168,6 +168,70 @@ def test_a_model_without_memory():
     (AdamW, {"weight_decay": -1}, r"Adam needs weight_decay >= 0, not -1"),
 ])
 def test_bad_arguments(kind, options, message):
+    with pytest.raises(ValueError, match=message):
+        kind(network(), **options)
+
+
+# --- A rate for each parameter --------------------------------------------------------------------------------
+
+RATIOS = [(LARS, {"lr": 0.5}), (LARS, {"lr": 0.5, "momentum": 0.5, "weight_decay": 0.1, "trust": 0.02, "eps": 0.1}),
+          (LARS, {"lr": 0.5, "adapt_vectors": True, "weight_decay": 0.01}), (LAMB, {}),
+          (LAMB, {"lr": 0.05, "betas": (0.8, 0.95), "eps": 1e-3, "weight_decay": 0.0}),
+          (LAMB, {"lr": 0.05, "adapt_vectors": True, "weight_decay": 0.3})]
+
+
+def ratio_formula(kind, w, g, memory, t, lr=1e-3, momentum=0.9, weight_decay=None, trust=0.001, eps=None,
+                  betas=(0.9, 0.999), adapt_vectors=False):
+    """One step of one parameter as the papers write it."""
+    length = np.linalg.norm
+    adapted = adapt_vectors or w.ndim > 1
+    if kind is LARS:
+        decay = (weight_decay or 0.0) * adapted
+        scaled = adapted and length(w) and length(g)
+        ratio = trust * length(w) / (length(g) + decay * length(w) + (eps or 0.0)) if scaled else 1
+        v = momentum * memory[0] + lr * ratio * (g + decay * w)
+        return w - v, (v, None)
+    decay = (0.01 if weight_decay is None else weight_decay) * adapted
+    m, v = betas[0] * memory[0] + (1 - betas[0]) * g, betas[1] * memory[1] + (1 - betas[1]) * g**2
+    u = m / (1 - betas[0]**t) / (np.sqrt(v / (1 - betas[1]**t)) + (1e-6 if eps is None else eps)) + decay * w
+    return w - lr * (length(w) / length(u) if adapted and length(w) and length(u) else 1) * u, (m, v)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("kind, options", RATIOS)
+def test_the_formula_of_each_parameter(kind, options, dtype):
+    model = network(dtype)
+    before = model.vector[:model.learnt].copy()
+    optimizer = kind(model, **options)
+    ours = path(optimizer)
+    shapes = [p.shape for p in model.layout().values()][:-3]
+    assert len(shapes) == 6 and optimizer.bounds[-1] == model.learnt
+    for start, stop, shape in zip(optimizer.bounds[:-1], optimizer.bounds[1:], shapes, strict=True):
+        w, memory = before[start:stop].astype(float).reshape(shape), (0.0, 0.0)
+        for t, gradient in enumerate(gradients(model), 1):
+            w, memory = ratio_formula(kind, w, gradient[start:stop].astype(float).reshape(shape), memory, t, **options)
+            np.testing.assert_allclose(ours[t - 1, start:stop], w.reshape(-1), rtol=0,
+                                       atol=40 * np.finfo(dtype).eps * max(1, np.abs(w).max()))
+
+
+@pytest.mark.parametrize("kind, options", RATIOS)
+def test_a_rate_for_each_parameter_uses_the_gradient_up(kind, options):
+    model = network()
+    model.vector[:model.learnt // 2] = 0  # norms of 0
+    optimizer = kind(model, **options)
+    model.gradient[:model.learnt] = 1
+    optimizer.step()
+    assert not model.sums.any() and np.isfinite(model.vector).all()
+    optimizer.step()  # without a gradient
+    assert np.isfinite(model.vector).all()
+
+
+@pytest.mark.parametrize("kind, options, message", [
+    (LARS, {"lr": 0.1, "momentum": -1}, "LARS needs momentum >= 0, not -1"),
+    (LARS, {"lr": 0.1, "weight_decay": -1}, "LARS needs weight_decay >= 0, not -1"),
+    (LARS, {"lr": 0.1, "trust": 0}, "LARS needs trust > 0, not 0"), (LARS, {"lr": 0.1, "eps": -1}, "LARS needs eps >= 0, not -1"),
+    (LAMB, {"eps": -1}, "Adam needs eps >= 0, not -1")])
+def test_bad_arguments_of_ratios(kind, options, message):
     with pytest.raises(ValueError, match=message):
         kind(network(), **options)
 

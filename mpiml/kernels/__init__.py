@@ -12,13 +12,13 @@ from .layernorm import layer_norm, layer_norm_vjp
 from .loss import absolute, binary, binary_vjp, huber, huber_vjp, squared
 from .normalize import standardize, standardize_by, standardize_by_vjp, standardize_vjp
 from .pool import avg_pool2d, avg_pool2d_vjp, max_pool2d, max_pool2d_vjp
-from .update import adam, norm, scale, sgd
+from .update import adam, lamb, lars, norm, scale, sgd
 
 __all__ = [
     "absolute", "adam", "avg_pool2d", "avg_pool2d_vjp", "binary", "binary_vjp", "conv2d", "conv2d_vjp_weight",
     "conv2d_vjp_x", "dropout", "embedding", "embedding_vjp", "gelu", "gelu_vjp", "huber", "huber_vjp", "label_loss",
-    "label_loss_vjp", "layer_norm", "layer_norm_vjp", "linear", "linear_vjp", "linear_vjp_bias", "linear_vjp_weight",
-    "linear_vjp_x", "log_softmax", "log_softmax_vjp", "matmul", "max_pool2d", "max_pool2d_vjp", "norm", "out_size",
-    "relu", "relu_vjp", "scale", "sgd", "sigmoid", "sigmoid_vjp", "silu", "silu_vjp", "softmax", "softmax_vjp",
-    "squared", "standardize", "standardize_by", "standardize_by_vjp", "standardize_vjp",
+    "label_loss_vjp", "lamb", "lars", "layer_norm", "layer_norm_vjp", "linear", "linear_vjp", "linear_vjp_bias",
+    "linear_vjp_weight", "linear_vjp_x", "log_softmax", "log_softmax_vjp", "matmul", "max_pool2d", "max_pool2d_vjp",
+    "norm", "out_size", "relu", "relu_vjp", "scale", "sgd", "sigmoid", "sigmoid_vjp", "silu", "silu_vjp", "softmax",
+    "softmax_vjp", "squared", "standardize", "standardize_by", "standardize_by_vjp", "standardize_vjp",
 ]
