@@ -16,8 +16,11 @@ array([4., 6., 8.])
 import functools
 import inspect
 import itertools
+import math
 
 import numpy as np
+
+from mpiml import kernels
 
 FLOATS = (np.dtype(np.float32), np.dtype(np.float64))
 
@@ -199,7 +202,7 @@ def op(rule):
                 continue  # a plain array
             if joint is None and (i >= len(vjps) or vjps[i] is None):
                 raise TypeError(f"{name} has no gradient for its argument {i + 1}: pass a plain array")
-            if value.dtype is not a.value.dtype and value.dtype != a.value.dtype:
+            if value.dtype != a.value.dtype:
                 raise TypeError(f"{name} of {_kinds(args)} gives {value.dtype}: use one of float32 and float64 "
                                 f"throughout, with .astype(np.{a.value.dtype})")
             edges.append((a if a.node is None else a.node, vjps[i] if joint is None else i))
@@ -255,11 +258,11 @@ def backward(root, gradient=None, wrt=None, later=None):
         yield root
         return
     uses = _count_uses(root.node)
-    gradients = {id(root.node): gradient}
+    gradients = {root.node: gradient}
     ready = [root.node]
     while ready:
         node = ready.pop()
-        g = gradients.pop(id(node))
+        g = gradients.pop(node)
         edges, joint, node.edges, node.joint = node.edges, node.joint, None, None
         if later is not None:
             waits = [isinstance(argument, Tensor) and argument is not wrt for argument, _ in edges]
@@ -269,17 +272,16 @@ def backward(root, gradient=None, wrt=None, later=None):
         parts = None if joint is None else _all(edges, joint, g)
         for argument, vjp in edges:
             part = vjp(g) if joint is None else parts[vjp]
-            key = id(argument)
-            uses[key] -= 1
+            left = uses[argument] = uses[argument] - 1
             if isinstance(argument, Tensor):
                 if part is not None or joint is None:  # else it was added
                     _accumulate(argument, part, joint or vjp)
-                if not uses[key]:
+                if not left:
                     yield argument
             else:
                 _check(part, argument, joint or vjp)
-                gradients[key] = gradients[key] + part if key in gradients else part
-                if not uses[key]:
+                gradients[argument] = gradients[argument] + part if argument in gradients else part
+                if not left:
                     ready.append(argument)
 
 
@@ -309,11 +311,10 @@ def _count_uses(root):
             raise ValueError("part of this tape was already walked by backward and is gone: add up the losses "
                              "and call backward once, or compute this one anew")
         for argument, _ in node.edges:
-            key = id(argument)
-            if key in uses:
-                uses[key] += 1
+            if argument in uses:
+                uses[argument] += 1
             else:
-                uses[key] = 1
+                uses[argument] = 1
                 if isinstance(argument, Node):
                     stack.append(argument)
     return uses
@@ -408,9 +409,24 @@ def matmul(x, y):
         return np.reshape(g, (*g.shape, *(1,) * (np.ndim(y) == 1))) if np.ndim(x) > 1 else (
             np.reshape(g, (*g.shape[:g.ndim - (np.ndim(y) > 1)], 1, right.shape[-1])))
 
-    return np.matmul(x, y), (
-        lambda g: unbroadcast(np.matmul(full(g), right.swapaxes(-1, -2)), left.shape).reshape(x.shape),
-        lambda g: unbroadcast(np.matmul(left.swapaxes(-1, -2), full(g)), right.shape).reshape(y.shape))
+    value = _product(left, right)
+    if np.ndim(x) == 1:
+        value = value[..., 0, :]
+    return value[..., 0] if np.ndim(y) == 1 else value, (
+        lambda g: unbroadcast(_product(full(g), right.swapaxes(-1, -2)), left.shape).reshape(x.shape),
+        lambda g: unbroadcast(_product(left.swapaxes(-1, -2), full(g)), right.shape).reshape(y.shape))
+
+
+def _product(x, y):
+    """``numpy.matmul`` of matrices and stacks of them, the sums in one fixed order."""
+    if x.dtype != y.dtype or x.dtype not in FLOATS or x.shape[-1] != y.shape[-2]:
+        return np.matmul(x, y)  # integers, and errors
+    if y.ndim == 2:
+        rows = x.reshape(1, math.prod(x.shape[:-1]), x.shape[-1])
+        return kernels.matmul(rows, y[None]).reshape(*x.shape[:-1], y.shape[-1])
+    lead = np.broadcast_shapes(x.shape[:-2], y.shape[:-2])
+    stacks = [np.broadcast_to(a, lead + a.shape[-2:]).reshape(math.prod(lead), *a.shape[-2:]) for a in (x, y)]
+    return kernels.matmul(*stacks).reshape(*lead, x.shape[-2], y.shape[-1])
 
 
 @op

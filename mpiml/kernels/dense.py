@@ -122,6 +122,8 @@ def linear(x, weight, bias=None, relu=False, out=None):
     if x.ndim == 0:
         refuse("linear takes {} features (weight {}), but the input is a number", weight.shape[1], weight.shape)
     y = output(out, x.shape[:-1] + (len(weight),), x.dtype)
+    if not y.flags.c_contiguous:
+        refuse("linear writes to a C-contiguous out")
     b = np.empty(0, x.dtype) if bias is None else bias
     if not _linear(_rows(x), weight, b, relu, _rows(y)):
         if x.shape[-1] != weight.shape[1]:

@@ -19,7 +19,7 @@ tile or the block it falls into: its bits are a function of its row, its column 
 import numpy as np
 
 from .jit import kernel
-from .simd import REGISTER, at, lanes, load_row, load_tile, out_of_line, outer, store_tile, turn, zero_tile
+from .simd import REGISTER, at, lanes, load_part, load_row, load_tile, out_of_line, outer, store, store_tile, turn, zero_tile
 
 # The registers of AVX-512 and NEON (32) and of AVX2 (16) hold these tiles and one row and column besides.
 ROWS, VECTORS = {64: (8, 2), 32: (6, 2), 16: (6, 4)}[REGISTER]
@@ -47,6 +47,7 @@ def make_tile(rows, vectors, masked):
 
 _full = make_tile(ROWS, VECTORS, False)
 _edge = make_tile(ROWS, VECTORS, True)
+_narrow = make_tile(ROWS, 1, True)
 _four, _two, _one = (make_tile(rows, VECTORS, True) for rows in (4, 2, 1))
 
 
@@ -61,6 +62,8 @@ def column_of_tiles(a, ai, a_row, a_step, b, bi, b_step, c, ci, c_row, rows, inn
         if left >= ROWS:
             if wide:
                 _full(a, here, a_row, a_step, b, bi, b_step, c, there, c_row, inner, columns, add)
+            elif columns <= lanes(c):
+                _narrow(a, here, a_row, a_step, b, bi, b_step, c, there, c_row, inner, columns, add)
             else:
                 _edge(a, here, a_row, a_step, b, bi, b_step, c, there, c_row, inner, columns, add)
             i += ROWS
@@ -102,8 +105,12 @@ def _pack(b, bi, b_step, b_column, inner, columns, panel):
                                 panel[to + kk * width + m] = at(b, bi + kk + (j + m) * b_column)
                 k += square
         while k < inner:
-            for m in range(n):
-                panel[to + k * width + m] = at(b, bi + k * b_step + (j + m) * b_column)
+            if b_column == 1:
+                for m in range(0, n, square):
+                    store(panel, to + k * width + m, load_part(b, bi + k * b_step + j + m, n - m))
+            else:
+                for m in range(n):
+                    panel[to + k * width + m] = at(b, bi + k * b_step + (j + m) * b_column)
             k += 1
 
 

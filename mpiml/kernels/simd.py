@@ -443,11 +443,11 @@ def outer(typing, tile, a, i, stride, row):
 
     def code(context, builder, signature, args):
         vectors, rows = cgutils.unpack_tuple(builder, args[4]), cgutils.unpack_tuple(builder, args[0])
-        position, result = args[2], []
+        first, result = _pointer(context, builder, a, args[1], args[2]), []
         for m in range(len(rows) // width):
-            x = _splat(builder, kind, builder.load(_pointer(context, builder, a, args[1], position)))
+            step = builder.mul(args[3], ir.Constant(args[3].type, m))  # the same at each call in a loop: computed before it
+            x = _splat(builder, kind, builder.load(builder.gep(first, [step])))
             result += [_call(builder, "fma", kind, x, v, rows[m * width + j]) for j, v in enumerate(vectors)]
-            position = builder.add(position, args[3])
         return context.make_tuple(builder, tile, result)
 
     return tile(tile, a, types.intp, types.intp, row), code

@@ -1,5 +1,7 @@
 """Other shapes of the same elements: each vjp is the way back."""
 
+import math
+
 import numpy as np
 
 from mpiml.tensor import op, unbroadcast
@@ -17,9 +19,16 @@ def reshape(x, shape):
     return np.reshape(x, shape), (lambda g: g.reshape(old),)
 
 
+@op
 def flatten(x):
     """x (n, ...) as (n, features)."""
-    return reshape(x, (x.shape[0], int(np.prod(x.shape[1:]))))
+    shape = x.shape
+    n, features = shape[0], math.prod(shape[1:])
+    if x.ndim > 2 and x.strides[0] == x.itemsize:  # samples lie side by side, as images do in convolutions: leave them so
+        value = np.moveaxis(x, 0, -1).reshape(features, n).T
+    else:
+        value = np.reshape(x, (n, features))
+    return value, (lambda g: g.reshape(shape),)
 
 
 @op
