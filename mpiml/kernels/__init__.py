@@ -4,6 +4,7 @@ A vjp ("vector-Jacobian product") maps the gradient ``g`` for the output to the 
 """
 
 from .conv import conv2d, conv2d_vjp_weight, conv2d_vjp_x, out_size
+from .convert import from_bfloat16, from_float16, to_bfloat16, to_float16
 from .crossentropy import label_loss, label_loss_vjp, log_softmax, log_softmax_vjp, softmax, softmax_vjp
 from .dense import linear, linear_vjp, linear_vjp_bias, linear_vjp_weight, linear_vjp_x, matmul
 from .elementwise import dropout, gelu, gelu_vjp, relu, relu_vjp, sigmoid, sigmoid_vjp, silu, silu_vjp
@@ -16,9 +17,10 @@ from .update import adam, lamb, lars, norm, scale, sgd
 
 __all__ = [
     "absolute", "adam", "avg_pool2d", "avg_pool2d_vjp", "binary", "binary_vjp", "conv2d", "conv2d_vjp_weight",
-    "conv2d_vjp_x", "dropout", "embedding", "embedding_vjp", "gelu", "gelu_vjp", "huber", "huber_vjp", "label_loss",
-    "label_loss_vjp", "lamb", "lars", "layer_norm", "layer_norm_vjp", "linear", "linear_vjp", "linear_vjp_bias",
-    "linear_vjp_weight", "linear_vjp_x", "log_softmax", "log_softmax_vjp", "matmul", "max_pool2d", "max_pool2d_vjp",
-    "norm", "out_size", "relu", "relu_vjp", "scale", "sgd", "sigmoid", "sigmoid_vjp", "silu", "silu_vjp", "softmax",
-    "softmax_vjp", "squared", "standardize", "standardize_by", "standardize_by_vjp", "standardize_vjp",
+    "conv2d_vjp_x", "dropout", "embedding", "embedding_vjp", "from_bfloat16", "from_float16", "gelu", "gelu_vjp",
+    "huber", "huber_vjp", "label_loss", "label_loss_vjp", "lamb", "lars", "layer_norm", "layer_norm_vjp", "linear",
+    "linear_vjp", "linear_vjp_bias", "linear_vjp_weight", "linear_vjp_x", "log_softmax", "log_softmax_vjp", "matmul",
+    "max_pool2d", "max_pool2d_vjp", "norm", "out_size", "relu", "relu_vjp", "scale", "sgd", "sigmoid", "sigmoid_vjp",
+    "silu", "silu_vjp", "softmax", "softmax_vjp", "squared", "standardize", "standardize_by", "standardize_by_vjp",
+    "standardize_vjp", "to_bfloat16", "to_float16",
 ]

@@ -117,6 +117,8 @@ def embedding(ids, weight, out=None):
         refuse("an embedding takes rows from a matrix, not from an array of shape {}", weight.shape)
     flat = _checked(ids, len(weight))
     y = output(out, ids.shape + (weight.shape[1],), weight.dtype)
+    if not y.flags.c_contiguous:
+        refuse("embedding writes to a contiguous out, not to one of shape {} with strides {}", y.shape, y.strides)
     if y.size:
         _gather(flat, _rows(weight), y.reshape(len(flat), weight.shape[1]))
     return y

@@ -189,6 +189,8 @@ def layer_norm(x, weight=None, bias=None, eps=1e-5, out=None):
     if x.ndim != 2:
         refuse("layer_norm takes (rows, features), not {}: reshape the input", x.shape)
     y = output(out, x.shape, x.dtype)
+    if not y.flags.c_contiguous:
+        refuse("layer_norm writes to a contiguous out, not to one of shape {} with strides {}", y.shape, y.strides)
     mean, scale = np.empty(len(x), x.dtype), np.empty(len(x), x.dtype)
     weight, bias = _whole(weight, x, 1), _whole(bias, x, 0)
     if x.size:
