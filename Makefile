@@ -27,7 +27,9 @@ test-%: .venv/ready
 	mpirun -n $* python -m pytest
 
 bench: .venv/bench
-	env -u OPENBLAS_CORETYPE python benchmarks/mlp.py
+	python benchmarks/mlp.py
+	python benchmarks/models.py
+	python benchmarks/kernels.py
 	env -u OPENBLAS_CORETYPE mpirun -n 2 python benchmarks/pipeline.py
 
 lint: .venv/ready

@@ -7,17 +7,9 @@ turn: one round of each, again and again; the figures are medians over the round
 pair of rounds.
 """
 
-import os
-import platform
-import sys
-from time import perf_counter
-
-THREADS = "1"
-for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS"):
-    os.environ[name] = THREADS
-if os.environ.pop("OPENBLAS_CORETYPE", None):  # a pinned core type would halve NumPy's BLAS
-    os.execv(sys.executable, [sys.executable, *sys.argv])  # noqa: S606
-
+# isort: off
+from timing import against, alternate, versions  # first: it sets the number of threads
+# isort: on
 import numpy as np
 import torch
 
@@ -25,7 +17,6 @@ from mpiml.nn import Linear, Sequential
 from mpiml.ops import cross_entropy, relu
 from mpiml.optim import SGD, Adam
 
-torch.set_num_threads(1)
 ROUNDS, STEPS = 21, 50
 
 
@@ -60,24 +51,8 @@ def theirs(optimizer, x, y, model):
     return step
 
 
-def seconds(step):
-    start = perf_counter()
-    for _ in range(STEPS):
-        step()
-    return (perf_counter() - start) / STEPS
-
-
-def processor():
-    try:
-        with open("/proc/cpuinfo") as file:
-            return next(line.split(":")[1].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
 def main():
-    print(f"{processor()}, 1 thread; numpy {np.__version__}, torch {torch.__version__}; "
-          f"medians of {ROUNDS} rounds of {STEPS} steps")
+    print(f"{versions()}; medians of {ROUNDS} rounds of {STEPS} steps")
     print(f"{'':14}{'mpiml':>10}{'torch':>10}{'ratio':>8}")
     for optimizer in "SGD", "Adam":
         for batch in 32, 128:
@@ -88,10 +63,8 @@ def main():
             other = theirs(optimizer, x, y, model)
             first = [(mine(), other()) for _ in range(5)]
             assert np.allclose(*zip(*first, strict=True), rtol=1e-3), "the two do not train alike"
-            pairs = np.array([(seconds(mine), seconds(other)) for _ in range(ROUNDS)])
-            us, torchs = np.median(pairs, axis=0) * 1e6
-            ratio = np.median(pairs[:, 1] / pairs[:, 0])
-            print(f"{optimizer:5} batch {batch:<3}{us:>8.0f}us{torchs:>8.0f}us{ratio:>8.2f}")
+            us, torchs, _, ratio = against(alternate([mine, other], ROUNDS, STEPS))
+            print(f"{optimizer:5} batch {batch:<3}{us * 1e6:>8.0f}us{torchs * 1e6:>8.0f}us{ratio:>8.2f}")
 
 
 main()

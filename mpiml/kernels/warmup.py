@@ -44,6 +44,11 @@ def _scalars(x, *values):
     return [x(1).dtype.type(value) for value in values]
 
 
+def _by_parameter(update, x, *moments):
+    """LARS and LAMB: two parameters, of which one is adapted."""
+    return lambda *options: update(x(9), x(9), *moments, np.array([0, 4, 9]), np.array([True, False]), *options)
+
+
 # name: a call of that kernel, given a function that makes arrays of the dtype to compile for: x(*shape)
 EXAMPLES = {
     "absolute": lambda x: k.absolute(x(3, 5), x(3, 5)),
@@ -58,12 +63,16 @@ EXAMPLES = {
     "dropout": lambda x: k.dropout(x(3, 5), 0.5, 1),
     "embedding": lambda x: k.embedding(LABELS, x(3, 5)),
     "embedding_vjp": lambda x: k.embedding_vjp(x(3, 5), LABELS, 3),
+    "from_bfloat16": lambda x: k.from_bfloat16(np.arange(9, dtype=np.uint16)),
+    "from_float16": lambda x: k.from_float16(np.arange(9, dtype=np.float16)),
     "gelu": lambda x: [k.gelu(x(3, 5), tanh) for tanh in (False, True)],
     "gelu_vjp": lambda x: [k.gelu_vjp(x(3, 5), x(3, 5), tanh) for tanh in (False, True)],
     "huber": lambda x: k.huber(x(3, 5), x(3, 5), 1.0),
     "huber_vjp": lambda x: k.huber_vjp(1.0, x(3, 5), x(3, 5), 1.0),
     "label_loss": lambda x: k.label_loss(x(3, 5), LABELS),
     "label_loss_vjp": lambda x: k.label_loss_vjp(1.0, abs(x(3, 5)), LABELS),
+    "lamb": lambda x: _by_parameter(k.lamb, x, x(9), x(9) ** 2)(1e-3, 0.9, 0.999, 0.1, 0.001, 0.1, 0.001, 1e-8),
+    "lars": lambda x: _by_parameter(k.lars, x, x(9))(0.1),
     "layer_norm": lambda x: k.layer_norm(x(3, 8), x(8), x(8)),
     "layer_norm_vjp": _layer_norm_vjp,
     "linear": lambda x: k.linear(x(3, 5), x(4, 5), x(4)),
@@ -92,6 +101,8 @@ EXAMPLES = {
     "standardize_by": lambda x: k.standardize_by(x(2, 4, 9), x(4), x(4) ** 2, 1e-5, x(4), x(4)),
     "standardize_by_vjp": lambda x: k.standardize_by_vjp(x(2, 4, 9), x(2, 4, 9), x(4), x(4) ** 2, 1e-5, x(4)),
     "standardize_vjp": _standardize,
+    "to_bfloat16": lambda x: k.to_bfloat16(x(9).astype(np.float32)),
+    "to_float16": lambda x: k.to_float16(x(9).astype(np.float32)),
 }
 WITHOUT_KERNEL = {"out_size"}
 
