@@ -86,6 +86,36 @@ def test_conv2d_and_its_gradients(dtype, layout, other, n, groups, inners, outpu
             np.testing.assert_array_equal(out, result)
 
 
+@often
+@given(dtypes, layouts, st.sampled_from([1, 2, 7, 16, 17, 33, 70]), st.integers(1, 20), st.integers(1, 20), pairs(3, 13),
+       pairs(0, 3), st.booleans())
+def test_winograd_is_a_convolution(dtype, layout, n, channels, outputs, size, padding, relu):
+    x = laid(normal(1, n, channels, *size, dtype=dtype), layout)
+    weight = laid(normal(2, outputs, channels, 3, 3, dtype=dtype), layout)
+    bias = normal(3, outputs, dtype=dtype)
+    tx, tw, tb = tensors(x, weight, bias)
+    expected = torch.conv2d(tx, tw, tb, padding=padding)
+    near(k.conv2d(x, weight, (1, 1), padding, bias=bias, relu=relu, winograd=True), expected.relu() if relu else expected)
+    g = laid(normal(4, *expected.shape, dtype=dtype), layout)
+    expected.backward(tensors(g)[0])
+    near(k.conv2d_vjp_x(g, weight, x.shape, (1, 1), padding, winograd=True), tx.grad)
+    part = slice(n // 3, None)
+    np.testing.assert_array_equal(k.conv2d(x[part], weight, (1, 1), padding, winograd=True),
+                                  k.conv2d(x, weight, (1, 1), padding, winograd=True)[part])
+
+
+def test_winograd_is_used_where_it_pays_and_can_be_forbidden():
+    x, weight = normal(1, 3, 32, 16, 16), normal(2, 32, 32, 3, 3)
+    how = (1, 1), (1, 1)
+    by_values, directly = k.conv2d(x, weight, *how, winograd=True), k.conv2d(x, weight, *how, winograd=False)
+    assert (by_values != directly).any()
+    np.testing.assert_array_equal(k.conv2d(x, weight, *how), by_values)
+    gradient = k.conv2d_vjp_x(x, weight, x.shape, *how, winograd=True)
+    np.testing.assert_array_equal(k.conv2d_vjp_x(x, weight, x.shape, *how), gradient)
+    few = weight[:, :2]
+    np.testing.assert_array_equal(k.conv2d(x[:, :2], few, *how), k.conv2d(x[:, :2], few, *how, winograd=False))
+
+
 @pytest.mark.parametrize(("n", "c", "size", "out", "kernel", "padding"),
                          [(64, 4, 40, 16, 3, 1), (40, 1, 28, 6, 5, 2), (33, 64, 8, 64, 3, 1)])
 def test_many_pixels_keep_their_accuracy(n, c, size, out, kernel, padding):
@@ -195,6 +225,7 @@ IMAGE = np.zeros((2, 4, 5, 5), "float32")
     (ValueError, "multiple of the groups", lambda: k.conv2d(IMAGE, normal(1, 3, 2, 2, 2), groups=2)),
     (ValueError, "finds no place in images", lambda: k.conv2d(IMAGE, normal(1, 3, 4, 6, 2))),
     (ValueError, "strides and dilations >= 1", lambda: k.conv2d(IMAGE, normal(1, 3, 4, 2, 2), (0, 1))),
+    (ValueError, "winograd=True takes", lambda: k.conv2d(IMAGE, normal(1, 3, 4, 2, 2), winograd=True)),
     (ValueError, "takes a bias of shape", lambda: k.conv2d(IMAGE, normal(1, 3, 4, 2, 2), bias=normal(1, 2))),
     (ValueError, "out has shape", lambda: k.conv2d(IMAGE, normal(1, 3, 4, 2, 2), out=normal(1, 2))),
     (ValueError, r"has shape \(2, 3, 4, 4\)", lambda: k.conv2d_vjp_x(IMAGE, normal(1, 3, 4, 2, 2), IMAGE.shape)),

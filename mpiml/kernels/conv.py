@@ -10,6 +10,7 @@ from .convweight import weight_gradient
 from .direct import convolve
 from .layout import images, innermost, is_batch_innermost
 from .public import check_dtypes, output, public, refuse
+from .winograd import convolve_by_values, pays
 
 
 @public
@@ -37,22 +38,46 @@ def _out_shape(x_shape, weight_shape, stride, padding, dilation, groups):
 
 
 @public
-def _convolve(x, weight, bias, relu, y, stride, padding, dilation, groups, backward, out):
+def _by_values(wanted, itemsize, y_shape, weight_shape, stride, dilation, groups):
+    """Is it Winograd's convolution? A matter of the layer and of a sample's shape, never of the batch."""
+    fits = (weight_shape[2] == 3 and weight_shape[3] == 3 and stride[0] == 1 and stride[1] == 1 and dilation[0] == 1
+            and dilation[1] == 1 and groups == 1)
+    if wanted is None:
+        return fits and itemsize == 4 and pays(y_shape[2], y_shape[3], weight_shape[1], weight_shape[0])
+    else:  # of the branches only one is compiled
+        if wanted and not fits:
+            refuse("winograd=True takes a weight of 3 x 3 without stride, dilation and groups, not {} with {}, {} and {}",
+                   weight_shape, stride, dilation, groups)
+        return wanted
+
+
+@public
+def _into(x, weight, bias, relu, y, stride, padding, dilation, groups, backward, by_values):
+    if by_values and y.size > 0:
+        convolve_by_values(x, weight, bias, relu, y, padding, backward)
+    else:
+        convolve(x, weight, bias, relu, y, stride, padding, dilation, groups, backward)
+
+
+@public
+def _convolve(x, weight, bias, relu, y, stride, padding, dilation, groups, backward, out, winograd):
+    by_values = _by_values(winograd, x.itemsize, y.shape, weight.shape, stride, dilation, groups)
     # The kernels write their own layout; a result wanted in another one is copied.
     if out is None:
-        convolve(innermost(x), weight, bias, relu, y, stride, padding, dilation, groups, backward)
+        _into(innermost(x), weight, bias, relu, y, stride, padding, dilation, groups, backward, by_values)
         return y
     output(out, y.shape, y.dtype)
     if is_batch_innermost(out):
-        convolve(innermost(x), weight, bias, relu, out, stride, padding, dilation, groups, backward)
+        _into(innermost(x), weight, bias, relu, out, stride, padding, dilation, groups, backward, by_values)
     else:
-        convolve(innermost(x), weight, bias, relu, y, stride, padding, dilation, groups, backward)
+        _into(innermost(x), weight, bias, relu, y, stride, padding, dilation, groups, backward, by_values)
         out[:] = y
     return out
 
 
 @public
-def conv2d(x, weight, stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=1, bias=None, relu=False, out=None):
+def conv2d(x, weight, stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=1, bias=None, relu=False, out=None,
+           winograd=None):
     """Cross-correlation of images with a kernel, as in PyTorch.
 
     Parameters
@@ -71,6 +96,9 @@ def conv2d(x, weight, stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=1, 
         ``max(., 0)`` of the result; NaN stays NaN.
     out : (n, out, oh, ow) array, optional
         Where the result is written.
+    winograd : bool, optional
+        Multiply fewer times, see :mod:`mpiml.kernels.winograd`, at an error of up to 1e-5 of the largest element instead
+        of 1e-6. By default where it is faster: in float32, 3 x 3 without stride, dilation and groups, enough channels.
 
     Returns
     -------
@@ -89,7 +117,7 @@ def conv2d(x, weight, stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=1, 
     if bias is not None and bias.shape != (outputs,):
         refuse("conv2d with weight {} takes a bias of shape (weight.shape[0],), not {}", weight.shape, bias.shape)
     y = images(n, outputs, oh, ow, x.dtype)
-    return _convolve(x, weight, ends, relu, y, stride, padding, dilation, groups, False, out)
+    return _convolve(x, weight, ends, relu, y, stride, padding, dilation, groups, False, out, winograd)
 
 
 @public
@@ -99,12 +127,12 @@ def _check_gradient(g, expected):
 
 
 @public
-def conv2d_vjp_x(g, weight, x_shape, stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=1, out=None):
+def conv2d_vjp_x(g, weight, x_shape, stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=1, out=None, winograd=None):
     """Gradient for x, of shape ``x_shape``, batch innermost, from ``g`` (n, out, oh, ow); errors as of :func:`conv2d`."""
     check_dtypes("conv2d_vjp_x", g, weight)
     _check_gradient(g, _out_shape(x_shape, weight.shape, stride, padding, dilation, groups))
     dx = images(x_shape[0], x_shape[1], x_shape[2], x_shape[3], g.dtype)
-    return _convolve(g, weight, np.empty(0, g.dtype), False, dx, stride, padding, dilation, groups, True, out)
+    return _convolve(g, weight, np.empty(0, g.dtype), False, dx, stride, padding, dilation, groups, True, out, winograd)
 
 
 @public

@@ -69,11 +69,12 @@ def next_rows(left):
 
 
 @kernel(exact=True, reads="w")
-def _pack(w, row, inner, group, down, across, rows, inners, groups, packed):
+def pack(w, row, inner, group, down, across, rows, inners, groups, block, packed):
     """Copy weights to the order in which tiles read them: tile, tap down, tap across, input channel, row of the tile.
 
     ``row``, ``inner`` and ``group`` are the strides of ``w`` along the outputs and inputs of the convolution, and from
-    group to group; ``rows`` and ``inners`` their numbers; ``down`` and ``across`` the orders of the taps.
+    group to group; ``rows`` and ``inners`` their numbers; ``down`` and ``across`` the orders of the taps. ``block`` is the number
+    of rows of a tile; 0 for those of this file.
     """
     out_of_line()
     square = lanes(w)
@@ -83,7 +84,7 @@ def _pack(w, row, inner, group, down, across, rows, inners, groups, packed):
     for g in range(groups):
         o = 0
         while o < rows:
-            n = next_rows(rows - o)
+            n = block if block else next_rows(rows - o)
             for ky in down:
                 for kx in across:
                     here = g * group + o * row + ky * by_y + kx * by_x
@@ -122,7 +123,7 @@ def convolve(x, weight, bias, relu, y, stride, padding, dilation, groups, backwa
     down, lines, line_step = plan_down
     across, columns, column_step = plan_across
     w = np.empty(weight.size, weight.dtype)
-    _pack(weight, outer_stride, inner_stride, group_stride, down, across, outputs, channels, groups, w)
+    pack(weight, outer_stride, inner_stride, group_stride, down, across, outputs, channels, groups, 0, w)
     ends = np.zeros(groups * outputs, y.dtype)
     for o in range(bias.size):
         ends[o] = bias[o]
