@@ -117,6 +117,11 @@ def cross_entropy_torch(t, logits, target, **options):
     return t.nn.functional.cross_entropy(logits.reshape(-1, classes), target, reduction="sum", **options)
 
 
+def attention_torch(t, q, k, v, is_causal=False, mask=None, scale=None):
+    keys = None if mask is None else t.from_numpy(mask)[:, None]
+    return t.nn.functional.scaled_dot_product_attention(q, k, v, keys, is_causal=is_causal, scale=scale)
+
+
 def losses(*more):
     return (case(normal(2, 3), REAL[2, 3]), case(normal(2, 3, 4), REAL[2, 3, 4]), case(normal(0, 3), REAL[0, 3]),
             case(normal(), np.array(0.3)), case(normal(3), np.array([0, 1, 1])), case(normal(1, 1), np.ones((1, 1))),
@@ -236,6 +241,12 @@ CASES = {
                      case(normal(1, 2, 5, 7), 2), case(normal(1, 2, 5, 7), 3, 2, 1), case(normal(2, 1, 6, 5), (2, 3), 1),
                      case(normal(2, 1, 6, 5), (3, 2), (1, 2), (1, 0)), case(normal(1, 1, 1, 1), 2, 1, 1),
                      case(normal(1, 1, 7, 7), 2, 3), case(normal(0, 2, 4, 4), 2)),
+    "scaled_dot_product_attention": op(
+        attention_torch, case(normal(2, 3, 4, 5), normal(2, 3, 6, 5), normal(2, 3, 6, 7)),
+        case(normal(2, 3, 4, 5), normal(2, 3, 4, 5), normal(2, 3, 4, 5), is_causal=True),
+        case(normal(2, 3, 5), normal(2, 3, 5), normal(2, 3, 5), mask=np.array([[True, False, True], [False, True, True]])),
+        case(normal(3, 5), normal(4, 5), normal(4, 2), scale=0.3), case(normal(1, 1), normal(1, 1), normal(1, 1)),
+        case(normal(0, 3, 5), normal(0, 3, 5), normal(0, 3, 5))),
     "embedding": op(lambda t, ids, weight: t.nn.functional.embedding(ids.long(), weight),
                     case(np.array([[0, 2, 2], [4, 2, 0]]), normal(5, 3)), case(np.array(1), normal(5, 3)),
                     case(np.array([1, 1], np.uint8), normal(2, 1)), case(np.arange(8)[::-2], normal(8, 2)),

@@ -1,114 +1,280 @@
-"""Softmax over the last axis, its logarithm, and the cross-entropy fused with it."""
+"""Softmax over the last axis, its logarithm, and the cross-entropy fused with it.
+
+exp(x) / sum(exp(x)) is computed as exp(x - top) / sum(exp(x - top)) with the largest ``x`` of the row as ``top``, so
+nothing overflows. A row is read in vectors, the last of them masked; its sum depends on the row alone.
+"""
 
 import numpy as np
 
 from .jit import kernel
+from .polynomial import exp_of_negative, log, vector_function
+from .public import check_dtypes, output, public, refuse
+from .simd import first_lanes, fma, lanes, load, load_part, maximum, reduce_add, reduce_max, select, splat, store, store_part
+
+_NOTHING = -np.inf  # what the lanes behind the end of a row hold: exp of it is 0
 
 
-def _rows(x):
-    return np.ascontiguousarray(x).reshape(-1, x.shape[-1]) if x.size else np.empty((0, max(x.shape[-1], 1)), x.dtype)
+# --- A row of n elements from flat position i -----------------------------------------------------------------
+
+@vector_function
+def row_top(x, i, n):
+    """The largest element."""
+    step = lanes(x)
+    a = b = splat(x.dtype.type(_NOTHING))
+    whole = n - n % step
+    even = whole - whole % (2 * step)
+    for j in range(i, i + even, 2 * step):
+        a = maximum(load(x, j), a)
+        b = maximum(load(x, j + step), b)
+    if even < whole:
+        a = maximum(load(x, i + even), a)
+    if whole < n:
+        b = maximum(select(first_lanes(b, n - whole), load_part(x, i + whole, n - whole), b), b)
+    return reduce_max(maximum(a, b))
 
 
-@kernel
-def _log_sum_exp(row):
-    top = row[0]
-    for j in range(1, row.size):
-        top = max(top, row[j])
-    total = row.dtype.type(0)
-    for j in range(row.size):
-        total += np.exp(row[j] - top)
-    return top + np.log(total)
+@vector_function
+def row_exponentials(x, i, n, top, y, k):
+    """Write exp(x - top) to ``y`` from position k; return the sum."""
+    step = lanes(x)
+    tops = splat(top)
+    a = b = splat(x.dtype.type(0))
+    whole = n - n % step
+    even = whole - whole % (2 * step)
+    for j in range(0, even, 2 * step):
+        left, right = exp_of_negative(load(x, i + j) - tops), exp_of_negative(load(x, i + j + step) - tops)
+        store(y, k + j, left)
+        store(y, k + j + step, right)
+        a, b = a + left, b + right
+    if even < whole:
+        left = exp_of_negative(load(x, i + even) - tops)
+        store(y, k + even, left)
+        a = a + left
+    if whole < n:
+        right = exp_of_negative(load_part(x, i + whole, n - whole) - tops)
+        store_part(y, k + whole, right, n - whole)
+        b = b + select(first_lanes(b, n - whole), right, splat(x.dtype.type(0)))
+    return reduce_add(a + b)
 
 
-@kernel
-def _softmax(x, y, log):
-    for i in range(x.shape[0]):
-        lse = _log_sum_exp(x[i])
-        for j in range(x.shape[1]):
-            y[i, j] = x[i, j] - lse if log else np.exp(x[i, j] - lse)
+@vector_function
+def row_scale(y, i, n, scale):
+    """Multiply by a number."""
+    step = lanes(y)
+    whole = n - n % step
+    for j in range(i, i + whole, step):
+        store(y, j, load(y, j) * splat(scale))
+    if whole < n:
+        store_part(y, i + whole, load_part(y, i + whole, n - whole) * splat(scale), n - whole)
 
 
-@kernel
-def _softmax_vjp(g, y, out, log):
-    for i in range(g.shape[0]):
-        total = g.dtype.type(0)
-        for j in range(g.shape[1]):
-            total += g[i, j] if log else g[i, j] * y[i, j]
-        for j in range(g.shape[1]):
-            out[i, j] = g[i, j] - np.exp(y[i, j]) * total if log else y[i, j] * (g[i, j] - total)
+# One row takes its time: a maximum, then the sum of exponentials that depend on it, then a division. So this is done for
+# several rows at once, step by step, which keeps the core busy.
+BLOCK = 16
 
 
-def _apply(x, log):
-    rows = _rows(x)
-    y = np.empty(rows.shape, x.dtype)
-    _softmax(rows, y, log)
-    return y.reshape(x.shape)
+@kernel(exact=True)
+def _block(x, y, first, rows, n, tops, totals):
+    """exp(x - top) of some rows, with the rows' tops and the sums."""
+    for i in range(rows):
+        tops[i] = row_top(x, (first + i) * n, n)
+    for i in range(rows):
+        totals[i] = row_exponentials(x, (first + i) * n, n, tops[i], y, (first + i) * n)
 
 
-def _apply_vjp(g, y, log):
-    rows = _rows(g)
-    out = np.empty(rows.shape, g.dtype)
-    _softmax_vjp(rows, _rows(y), out, log)
-    return out.reshape(g.shape)
+@vector_function
+def _block_rows(n):
+    """How many rows are done at once: no more than fit into the first cache."""
+    return max(1, min(BLOCK, 2048 // n))
 
 
-def softmax(x):
-    """exp(x) / sum(exp(x)) over the last axis of ``x`` (..., classes), without overflow."""
-    return _apply(x, False)
+@vector_function
+def _log_totals(totals):
+    for i in range(0, totals.size, lanes(totals)):
+        store(totals, i, log(load(totals, i)))
 
 
-def softmax_vjp(g, y):
+# --- Softmax --------------------------------------------------------------------------------------------------
+
+@kernel(exact=True, reads="x", writes="y")
+def _softmax(x, y):
+    rows, n = x.shape
+    tops, totals = np.ones(BLOCK, x.dtype), np.ones(BLOCK, x.dtype)
+    block = _block_rows(n)
+    for first in range(0, rows, block):
+        m = min(block, rows - first)
+        _block(x, y, first, m, n, tops, totals)
+        for i in range(m):
+            row_scale(y, (first + i) * n, n, x.dtype.type(1) / totals[i])
+
+
+@kernel(exact=True, reads="x", writes="y")
+def _log_softmax(x, y):
+    rows, n = x.shape
+    step = lanes(x)
+    whole = n - n % step
+    tops, totals = np.ones(BLOCK, x.dtype), np.ones(BLOCK, x.dtype)
+    block = _block_rows(n)
+    for first in range(0, rows, block):
+        m = min(block, rows - first)
+        _block(x, y, first, m, n, tops, totals)
+        _log_totals(totals)
+        for i in range(m):
+            at = (first + i) * n
+            top, log_total = splat(tops[i]), splat(totals[i])
+            for j in range(at, at + whole, step):
+                store(y, j, load(x, j) - top - log_total)
+            if whole < n:
+                store_part(y, at + whole, load_part(x, at + whole, n - whole) - top - log_total, n - whole)
+
+
+@vector_function
+def _softmax_slope(g, y, total):
+    return y * (g - total)
+
+
+@vector_function
+def _log_softmax_slope(g, y, total):
+    return g - exp_of_negative(y) * total
+
+
+def _make_vjp(slope, weighted):
+    """The kernel of a vjp: ``slope`` of g, y and the row's sum of g, or of g * y where it is ``weighted``."""
+    @kernel(exact=True, reads="g y", writes="out")
+    def vjp(g, y, out):
+        rows, n = g.shape
+        step = lanes(g)
+        whole = n - n % step
+        left = n - whole
+        for i in range(rows):
+            at = i * n
+            last_g, last_y = load_part(g, at + whole, left), load_part(y, at + whole, left)
+            total = last_g * last_y if weighted else last_g
+            for j in range(at, at + whole, step):
+                total = fma(load(g, j), load(y, j), total) if weighted else total + load(g, j)
+            sums = splat(reduce_add(total))
+            for j in range(at, at + whole, step):
+                store(out, j, slope(load(g, j), load(y, j), sums))
+            store_part(out, at + whole, slope(last_g, last_y, sums), left)
+
+    return vjp
+
+
+_softmax_vjp, _log_softmax_vjp = _make_vjp(_softmax_slope, True), _make_vjp(_log_softmax_slope, False)
+
+
+@public
+def _by_rows(run, name, x, out):
+    check_dtypes(name, x)
+    y = output(out, x.shape, x.dtype)
+    if x.size:
+        n = x.shape[-1]
+        whole = np.ascontiguousarray(y)
+        run(np.ascontiguousarray(x).reshape((-1, n)), whole.reshape((-1, n)))
+        if out is not None:
+            y[...] = whole
+    return y
+
+
+@public
+def _by_rows_vjp(run, name, g, y, out):
+    check_dtypes(name, g, y)
+    if g.shape != y.shape:
+        refuse("a gradient of shape {} for a result of shape {}", g.shape, y.shape)
+    result = output(out, g.shape, g.dtype)
+    if g.size:
+        n = g.shape[-1]
+        whole = np.ascontiguousarray(result)
+        run(np.ascontiguousarray(g).reshape((-1, n)), np.ascontiguousarray(y).reshape((-1, n)), whole.reshape((-1, n)))
+        if out is not None:
+            result[...] = whole
+    return result
+
+
+@public
+def softmax(x, out=None):
+    """exp(x) / sum(exp(x)) over the last axis of ``x`` (..., classes), float32 or float64, without overflow."""
+    return _by_rows(_softmax, "softmax", x, out)
+
+
+@public
+def softmax_vjp(g, y, out=None):
     """Gradient for x of ``y = softmax(x)``."""
-    return _apply_vjp(g, y, False)
+    return _by_rows_vjp(_softmax_vjp, "softmax_vjp", g, y, out)
 
 
-def log_softmax(x):
-    """x - log(sum(exp(x))) over the last axis of ``x`` (..., classes), without overflow."""
-    return _apply(x, True)
+@public
+def log_softmax(x, out=None):
+    """x - log(sum(exp(x))) over the last axis of ``x`` (..., classes), float32 or float64, without overflow."""
+    return _by_rows(_log_softmax, "log_softmax", x, out)
 
 
-def log_softmax_vjp(g, y):
+@public
+def log_softmax_vjp(g, y, out=None):
     """Gradient for x of ``y = log_softmax(x)``."""
-    return _apply_vjp(g, y, True)
+    return _by_rows_vjp(_log_softmax_vjp, "log_softmax_vjp", g, y, out)
 
 
-@kernel
-def _label_loss(logits, labels, smoothing, ignore, probabilities):
-    rows, classes = logits.shape
-    t = logits.dtype.type
+# --- Cross-entropy --------------------------------------------------------------------------------------------
+
+@kernel(reads="labels")
+def _first_bad(labels, classes, ignore):
+    for i in range(labels.size):
+        if (labels[i] < 0 or labels[i] >= classes) and labels[i] != ignore:
+            return i
+    return -1
+
+
+@kernel(exact=True, reads="x labels", writes="p")
+def _label_loss(x, labels, smoothing, ignore, p):
+    rows, n = x.shape
+    step = lanes(x)
+    whole = n - n % step
+    tops, totals = np.ones(BLOCK, x.dtype), np.ones(BLOCK, x.dtype)
+    block = _block_rows(n)
     loss = 0.0
+    for first in range(0, rows, block):
+        m = min(block, rows - first)
+        _block(x, p, first, m, n, tops, totals)
+        for i in range(m):
+            row_scale(p, (first + i) * n, n, x.dtype.type(labels[first + i] != ignore) / totals[i])
+        _log_totals(totals)
+        for i in range(m):
+            label = labels[first + i]
+            if label == ignore:
+                continue
+            loss += totals[i] + (1 - smoothing) * (tops[i] - x[first + i, label])
+            if smoothing > 0:  # 0 times the infinity of a class masked out would be NaN
+                at = (first + i) * n
+                top = splat(tops[i])
+                below = splat(x.dtype.type(0))
+                for j in range(at, at + whole, step):
+                    below = below + (top - load(x, j))
+                if whole < n:
+                    last = top - load_part(x, at + whole, n - whole)
+                    below = below + select(first_lanes(last, n - whole), last, splat(x.dtype.type(0)))
+                loss += smoothing / n * reduce_add(below)
+    return loss
+
+
+@kernel(exact=True, reads="p labels", writes="out")
+def _label_loss_vjp(g, p, labels, smoothing, ignore, out):
+    rows, n = p.shape
+    step = lanes(p)
+    whole = n - n % step
+    t = p.dtype.type
+    spread = splat(t(smoothing / n))
     for i in range(rows):
-        label = labels[i]
-        if label == ignore:
-            probabilities[i] = 0
-            continue
-        if label < 0 or label >= classes:
-            return np.nan, i
-        lse = _log_sum_exp(logits[i])
-        row = t(0)
-        for j in range(classes):
-            probabilities[i, j] = np.exp(logits[i, j] - lse)
-            row += logits[i, j]
-        loss += lse - (1 - smoothing) * logits[i, label]
-        if smoothing > 0:  # 0 times the infinity of a class masked out would be NaN
-            loss -= smoothing / classes * row
-    return loss, -1
+        at = i * n
+        slope = splat(t(0) if labels[i] == ignore else t(g))
+        for j in range(at, at + whole, step):
+            store(out, j, slope * (load(p, j) - spread))
+        store_part(out, at + whole, slope * (load_part(p, at + whole, n - whole) - spread), n - whole)
+        if labels[i] != ignore:
+            out[i, labels[i]] -= t(g) * t(1 - smoothing)
 
 
-@kernel
-def _label_loss_vjp(g, probabilities, labels, smoothing, ignore, out):
-    rows, classes = probabilities.shape
-    t = out.dtype.type
-    spread = t(smoothing / classes)
-    for i in range(rows):
-        if labels[i] == ignore:
-            out[i] = 0
-            continue
-        for j in range(classes):
-            out[i, j] = g * (probabilities[i, j] - spread)
-        out[i, labels[i]] -= g * t(1 - smoothing)
-
-
+@public
 def label_loss(logits, labels, smoothing=0.0, ignore=-100):
     """Cross-entropy of softmax(logits) against labels, summed over the samples.
 
@@ -130,23 +296,30 @@ def label_loss(logits, labels, smoothing=0.0, ignore=-100):
     Raises
     ------
     ValueError
-        A label out of range, with its value and place.
+        A label out of range, with its value and place; labels that are not one for each row.
     """
-    labels = np.ascontiguousarray(labels, np.int64)
-    logits = np.ascontiguousarray(logits)
-    probabilities = np.empty(logits.shape, logits.dtype)
-    loss, bad = _label_loss(logits, labels, float(smoothing), ignore, probabilities)
+    check_dtypes("label_loss", logits)
+    if labels.shape != (logits.shape[0],):
+        refuse("logits of shape {} take one label a row, not labels of shape {}", logits.shape, labels.shape)
+    classes = logits.shape[1]
+    bad = _first_bad(labels, classes, ignore)
     if bad >= 0:
-        classes = logits.shape[1]
-        raise ValueError(f"label {labels[bad]} at position {bad} in a problem of {classes} classes: labels run from 0 "
-                         f"to {classes - 1}" + (", so the last layer needs more outputs or the labels fewer values"
-                                                if labels[bad] >= classes else ""))
+        if labels[bad] >= classes:
+            refuse("label {} at position {} in a problem of {} classes: labels run from 0 to {}, so the last layer needs more "
+                   "outputs or the labels fewer values", labels[bad], bad, classes, classes - 1)
+        refuse("label {} at position {} in a problem of {} classes: labels run from 0 to {}",
+               labels[bad], bad, classes, classes - 1)
+    probabilities = np.empty(logits.shape, logits.dtype)
+    if logits.size == 0:
+        return 0.0, probabilities
+    loss = _label_loss(np.ascontiguousarray(logits), labels, float(smoothing), ignore, probabilities)
     return loss, probabilities
 
 
-def label_loss_vjp(g, probabilities, labels, smoothing=0.0, ignore=-100):
-    """Gradient for logits, (n, classes), of the loss; ``g`` is the scalar gradient for the loss."""
-    out = np.empty(probabilities.shape, probabilities.dtype)
-    labels = np.ascontiguousarray(labels, np.int64)
-    _label_loss_vjp(out.dtype.type(g), probabilities, labels, float(smoothing), ignore, out)
+@public
+def label_loss_vjp(g, probabilities, labels, smoothing=0.0, ignore=-100, out=None):
+    """Gradient for logits, (n, classes), of the loss; ``g`` is its scalar gradient, ``out`` may be ``probabilities``."""
+    out = output(out, probabilities.shape, probabilities.dtype)
+    if out.size:
+        _label_loss_vjp(float(g), np.ascontiguousarray(probabilities), labels, float(smoothing), ignore, out)
     return out

@@ -1,184 +1,285 @@
-"""Activations and dropout: one pass over the elements, each function beside its vjp."""
+"""Functions of each element, beside their vjps: one pass over the memory, a vector at a time.
 
-import math
+They go through an array in the order in which it lies in memory, and their results lie in the same order: a transposed
+array, or pictures with the batch innermost, are neither copied nor rearranged.
+"""
 
+import numba
 import numpy as np
+from numba.extending import overload
 
 from .jit import kernel
+from .polynomial import exp as vector_exp
+from .polynomial import log as vector_log
+from .polynomial import normal, number, vector_function
+from .polynomial import sigmoid as vector_sigmoid
+from .polynomial import tanh as vector_tanh
+from .public import check_dtypes, public, refuse
+from .simd import lanes, load, load_part, select, store, store_part
 
-_SQRT_HALF = math.sqrt(0.5)
-_INV_SQRT_2PI = 1 / math.sqrt(2 * math.pi)
-_SQRT_2_OVER_PI = math.sqrt(2 / math.pi)
-_GELU_CUBIC = 0.044715  # Hendrycks and Gimpel 2016
+# --- Arrays in the order of their memory ----------------------------------------------------------------------
 
-
-def _flat(*arrays):
-    # Kernels see one contiguous axis only: each further layout would be compiled anew.
-    return [np.ascontiguousarray(a).reshape(-1) for a in arrays]
-
-
-@kernel
-def _relu(x, y):
-    for i in range(x.size):
-        y[i] = x[i] if x[i] > 0 or x[i] != x[i] else x.dtype.type(0)
-
-
-@kernel
-def _relu_vjp(g, y, out):
-    for i in range(g.size):
-        out[i] = g[i] if y[i] > 0 else g.dtype.type(0)
+def line(x):
+    """The elements of an array without gaps, in the order of memory; None if there are gaps."""
+    if not x.flags.c_contiguous:
+        x = x.transpose(sorted(range(x.ndim), key=lambda axis: -x.strides[axis]))
+        if not x.flags.c_contiguous:
+            return None
+    return x.reshape(-1)
 
 
-def relu(x):
+def line_like(x, y):
+    """The elements of ``x``, of the shape of ``y``, in the order in which those of ``y`` lie in memory."""
+    if x.strides == y.strides or (x.flags.c_contiguous and y.flags.c_contiguous):
+        flat = line(x)
+        if flat is not None:
+            return flat
+    copy = np.empty_like(y)
+    copy[...] = x
+    return line(copy)
+
+
+@overload(line)
+def _line(x):
+    if x.layout == "C":
+        return lambda x: x.reshape(-1)
+    if x.layout == "F":
+        return lambda x: x.T.reshape(-1)
+    raise numba.errors.TypingError("out is an array without gaps: in compiled code of C or Fortran layout")
+
+
+@overload(line_like)
+def _line_like(x, y):
+    if x.layout == y.layout:
+        return lambda x, y: line(x)
+    if y.layout == "C":
+        return lambda x, y: np.ascontiguousarray(x).reshape(-1)
+    return lambda x, y: np.ascontiguousarray(x.T).reshape(-1)
+
+
+@public
+def result_like(x, out):
+    """``out``, if it fits, or a new array whose elements lie in memory as those of ``x``."""
+    if out is None:
+        return np.empty_like(x)
+    if out.shape != x.shape or out.dtype != x.dtype:
+        refuse("out has shape {} and dtype {}, the result {} and {}", out.shape, out.dtype, x.shape, x.dtype)
+    if line(out) is None:
+        refuse("out, of shape {} and strides {}, has gaps: pass a whole array", out.shape, out.strides)
+    return out
+
+
+def map_one(function):
+    """A kernel ``y = function(x)`` for flat arrays, of a function of a vector."""
+    @kernel(exact=True, reads="x", writes="y")
+    def run(x, y):
+        step = lanes(x)
+        whole = x.size - x.size % step
+        for i in range(0, whole, step):
+            store(y, i, function(load(x, i)))
+        if whole < x.size:
+            store_part(y, whole, function(load_part(x, whole, x.size - whole)), x.size - whole)
+
+    return run
+
+
+def map_two(function):
+    """A kernel ``y = function(g, x)`` for flat arrays, of a function of two vectors."""
+    @kernel(exact=True, reads="g x", writes="y")
+    def run(g, x, y):
+        step = lanes(x)
+        whole = x.size - x.size % step
+        for i in range(0, whole, step):
+            store(y, i, function(load(g, i), load(x, i)))
+        if whole < x.size:
+            left = x.size - whole
+            store_part(y, whole, function(load_part(g, whole, left), load_part(x, whole, left)), left)
+
+    return run
+
+
+@public
+def _one(run, name, x, out):
+    check_dtypes(name, x)
+    y = result_like(x, out)
+    run(line_like(x, y), line(y))
+    return y
+
+
+@public
+def _two(run, name, g, x, out):
+    check_dtypes(name, x, g)
+    if g.shape != x.shape:
+        refuse("a gradient of shape {} for an array of shape {}", g.shape, x.shape)
+    y = result_like(x, out)
+    run(line_like(g, y), line_like(x, y), line(y))
+    return y
+
+
+# --- What is done with a vector -------------------------------------------------------------------------------
+
+@vector_function
+def _exp_slope(g, y):
+    return g * y
+
+
+@vector_function
+def _log_slope(g, x):
+    return g / x
+
+
+@vector_function
+def _tanh_slope(g, y):
+    return g * (number(y, "1") - y * y)
+
+
+@vector_function
+def _sigmoid_slope(g, y):
+    return g * y * (number(y, "1") - y)
+
+
+@vector_function
+def _positive(x):
+    return select(number(x, "0") > x, number(x, "0"), x)  # NaN is not below 0
+
+
+@vector_function
+def _relu_slope(g, y):
+    return select(y > number(y, "0"), g, number(y, "0"))
+
+
+@vector_function
+def _silu(x):
+    return x * vector_sigmoid(x)
+
+
+@vector_function
+def _silu_slope(g, x):
+    s = vector_sigmoid(x)
+    return g * s * (number(x, "1") + x * (number(x, "1") - s))
+
+
+@vector_function
+def _gelu(x):
+    return x * normal(x)[0]
+
+
+@vector_function
+def _gelu_slope(g, x):
+    below, density = normal(x)
+    return g * (below + x * density)
+
+
+# tanh(u) = 2 sigmoid(2 u) - 1, which makes the tanh form x * sigmoid(a x (1 + 0.044715 x**2)), a = 2 sqrt(2 / pi).
+@vector_function
+def _tanh_gelu(x):
+    u = x * number(x, "1.5957691216057308") * (number(x, "1") + number(x, "0.044715") * x * x)
+    return x * vector_sigmoid(u)
+
+
+@vector_function
+def _tanh_gelu_slope(g, x):
+    square = x * x
+    s = vector_sigmoid(x * number(x, "1.5957691216057308") * (number(x, "1") + number(x, "0.044715") * square))
+    slope = number(x, "1.5957691216057308") * (number(x, "1") + number(x, "0.134145") * square)
+    return g * (s + x * s * (number(x, "1") - s) * slope)
+
+
+_run_exp, _run_exp_vjp = map_one(vector_exp), map_two(_exp_slope)
+_run_log, _run_log_vjp = map_one(vector_log), map_two(_log_slope)
+_run_tanh, _run_tanh_vjp = map_one(vector_tanh), map_two(_tanh_slope)
+_run_sigmoid, _run_sigmoid_vjp = map_one(vector_sigmoid), map_two(_sigmoid_slope)
+_run_relu, _run_relu_vjp = map_one(_positive), map_two(_relu_slope)
+_run_silu, _run_silu_vjp = map_one(_silu), map_two(_silu_slope)
+_run_gelu, _run_gelu_vjp = map_one(_gelu), map_two(_gelu_slope)
+_run_tanh_gelu, _run_tanh_gelu_vjp = map_one(_tanh_gelu), map_two(_tanh_gelu_slope)
+
+
+# --- Public functions -----------------------------------------------------------------------------------------
+
+@public
+def exp(x, out=None):
+    """e**x of ``x`` (any shape, float32 or float64); errors of these functions: :mod:`mpiml.kernels.polynomial`."""
+    return _one(_run_exp, "exp", x, out)
+
+
+@public
+def exp_vjp(g, y, out=None):
+    """Gradient for x of ``y = exp(x)``, given the gradient ``g`` for y."""
+    return _two(_run_exp_vjp, "exp_vjp", g, y, out)
+
+
+@public
+def log(x, out=None):
+    """The natural logarithm of ``x``: -infinity of 0, NaN of what is negative."""
+    return _one(_run_log, "log", x, out)
+
+
+@public
+def log_vjp(g, x, out=None):
+    """Gradient for x of ``log(x)``."""
+    return _two(_run_log_vjp, "log_vjp", g, x, out)
+
+
+@public
+def tanh(x, out=None):
+    """The hyperbolic tangent of ``x``."""
+    return _one(_run_tanh, "tanh", x, out)
+
+
+@public
+def tanh_vjp(g, y, out=None):
+    """Gradient for x of ``y = tanh(x)``."""
+    return _two(_run_tanh_vjp, "tanh_vjp", g, y, out)
+
+
+@public
+def relu(x, out=None):
     """max(x, 0) of ``x`` (any shape, float32 or float64); NaN stays NaN."""
-    y = np.empty(x.shape, x.dtype)
-    _relu(*_flat(x), y.reshape(-1))
-    return y
+    return _one(_run_relu, "relu", x, out)
 
 
-def relu_vjp(g, y):
+@public
+def relu_vjp(g, y, out=None):
     """Gradient for x of ``y = relu(x)``, given the gradient ``g`` for y; 0 at the kink."""
-    out = np.empty(g.shape, g.dtype)
-    _relu_vjp(*_flat(g, y), out.reshape(-1))
-    return out
+    return _two(_run_relu_vjp, "relu_vjp", g, y, out)
 
 
-@kernel
-def _sigmoid(x, y):
-    one = x.dtype.type(1)
-    for i in range(x.size):
-        e = np.exp(-abs(x[i]))  # never overflows
-        y[i] = one / (one + e) if x[i] >= 0 else e / (one + e)
-
-
-@kernel
-def _sigmoid_vjp(g, y, out):
-    one = g.dtype.type(1)
-    for i in range(g.size):
-        out[i] = g[i] * y[i] * (one - y[i])
-
-
-def sigmoid(x):
+@public
+def sigmoid(x, out=None):
     """1 / (1 + exp(-x)) of ``x`` (any shape), without overflow for any x."""
-    y = np.empty(x.shape, x.dtype)
-    _sigmoid(*_flat(x), y.reshape(-1))
-    return y
+    return _one(_run_sigmoid, "sigmoid", x, out)
 
 
-def sigmoid_vjp(g, y):
+@public
+def sigmoid_vjp(g, y, out=None):
     """Gradient for x of ``y = sigmoid(x)``."""
-    out = np.empty(g.shape, g.dtype)
-    _sigmoid_vjp(*_flat(g, y), out.reshape(-1))
-    return out
+    return _two(_run_sigmoid_vjp, "sigmoid_vjp", g, y, out)
 
 
-@kernel
-def _silu_vjp(g, x, s, out):
-    one = g.dtype.type(1)
-    for i in range(g.size):
-        out[i] = g[i] * s[i] * (one + x[i] * (one - s[i]))
-
-
-def silu(x):
+@public
+def silu(x, out=None):
     """x * sigmoid(x) (Elfwing et al. 2018, "swish")."""
-    return x * sigmoid(x)
+    return _one(_run_silu, "silu", x, out)
 
 
-def silu_vjp(g, x):
+@public
+def silu_vjp(g, x, out=None):
     """Gradient for x of ``silu(x)``."""
-    out = np.empty(g.shape, g.dtype)
-    _silu_vjp(*_flat(g, x, sigmoid(x)), out.reshape(-1))
-    return out
+    return _two(_run_silu_vjp, "silu_vjp", g, x, out)
 
 
-@kernel
-def _gelu(x, y, tanh):
-    t = x.dtype.type
-    for i in range(x.size):
-        v = x[i]
-        if tanh:
-            u = t(_SQRT_2_OVER_PI) * (v + t(_GELU_CUBIC) * v * v * v)
-            y[i] = t(0.5) * v * (t(1) + np.tanh(u))
-        else:
-            y[i] = t(0.5) * v * (t(1) + t(math.erf(v * t(_SQRT_HALF))))
-
-
-@kernel
-def _gelu_vjp(g, x, out, tanh):
-    t = x.dtype.type
-    for i in range(x.size):
-        v = x[i]
-        if tanh:
-            u = t(_SQRT_2_OVER_PI) * (v + t(_GELU_CUBIC) * v * v * v)
-            h = np.tanh(u)
-            du = t(_SQRT_2_OVER_PI) * (t(1) + t(3 * _GELU_CUBIC) * v * v)
-            slope = t(0.5) * (t(1) + h) + t(0.5) * v * (t(1) - h * h) * du
-        else:
-            cdf = t(0.5) * (t(1) + t(math.erf(v * t(_SQRT_HALF))))
-            slope = cdf + v * t(_INV_SQRT_2PI) * np.exp(t(-0.5) * v * v)
-        out[i] = g[i] * slope
-
-
-def gelu(x, tanh=False):
+@public
+def gelu(x, tanh=False, out=None):
     """x * Phi(x), Phi the normal distribution (Hendrycks and Gimpel 2016); ``tanh``: their tanh form of it."""
-    y = np.empty(x.shape, x.dtype)
-    _gelu(*_flat(x), y.reshape(-1), tanh)
-    return y
+    if tanh:
+        return _one(_run_tanh_gelu, "gelu", x, out)
+    return _one(_run_gelu, "gelu", x, out)
 
 
-def gelu_vjp(g, x, tanh=False):
+@public
+def gelu_vjp(g, x, tanh=False, out=None):
     """Gradient for x of ``gelu(x, tanh)``."""
-    out = np.empty(g.shape, g.dtype)
-    _gelu_vjp(*_flat(g, x), out.reshape(-1), tanh)
-    return out
-
-
-@kernel
-def _philox(c0, c1, c2, c3, k0, k1):
-    """Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"): 128 -> 128 bits."""
-    mask = np.uint64(0xFFFFFFFF)
-    for _ in range(10):
-        p0 = np.uint64(0xD2511F53) * c0
-        p1 = np.uint64(0xCD9E8D57) * c2
-        c0, c1, c2, c3 = ((p1 >> np.uint64(32)) ^ c1 ^ k0, p1 & mask,
-                          (p0 >> np.uint64(32)) ^ c3 ^ k1, p0 & mask)
-        k0 = (k0 + np.uint64(0x9E3779B9)) & mask
-        k1 = (k1 + np.uint64(0xBB67AE85)) & mask
-    return c0, c1, c2, c3
-
-
-@kernel
-def _dropout(x, p, key, first, out):
-    samples, size = x.shape
-    mask = np.uint64(0xFFFFFFFF)
-    scale = x.dtype.type(1 / (1 - p))
-    zero = x.dtype.type(0)
-    threshold = np.uint64(p * 4294967296.0)
-    k0, k1 = key & mask, key >> np.uint64(32)
-    for s in range(samples):
-        sample = np.uint64(first + s)
-        for block in range((size + 3) // 4):
-            bits = _philox(np.uint64(block), np.uint64(0), sample & mask, sample >> np.uint64(32), k0, k1)
-            start = 4 * block
-            for i in range(start, min(start + 4, size)):
-                keep = bits[i - start] >= threshold
-                out[s, i] = x[s, i] * scale if keep else zero
-
-
-def dropout(x, p, key, first=0):
-    """``x`` with each element set to 0 with probability ``p``, the others divided by 1 - p.
-
-    Parameters
-    ----------
-    x : (n, ...) array, float32 or float64
-    p : float in [0, 1)
-    key : int, 64 bits; a function of (seed, layer, step), see :func:`mpiml.random.key`
-    first : int
-        Number of ``x[0]`` in the global batch. The mask of a sample is a function of (key, its number,
-        element) alone, so it is the same on whichever rank the sample is computed. The operation is linear
-        with a diagonal matrix, hence its own vjp: ``dropout(g, p, key, first)``.
-    """
-    rows = np.ascontiguousarray(x).reshape(len(x), -1) if x.size else x.reshape(0, 1)
-    out = np.empty(rows.shape, x.dtype)
-    _dropout(rows, float(p), np.uint64(key), first, out)
-    return out.reshape(x.shape)
+    if tanh:
+        return _two(_run_tanh_gelu_vjp, "gelu_vjp", g, x, out)
+    return _two(_run_gelu_vjp, "gelu_vjp", g, x, out)

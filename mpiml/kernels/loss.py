@@ -1,96 +1,143 @@
 """Elementwise losses, summed: squared, absolute, Huber and binary cross-entropy errors, beside their vjps.
 
-Each loss is accumulated in float64, in one pass.
+Each loss is accumulated in float64, in one pass in the order of memory.
 """
 
-import numpy as np
-
+from .elementwise import line, line_like, result_like
 from .jit import kernel
+from .polynomial import exp_of_negative, log, number, sigmoid, vector_function
+from .public import check_dtypes, public, refuse
+from .simd import fabs, first_lanes, lanes, load, load_part, maximum, minimum, reduce_add, select, splat, store_part
+
+_STRETCH = 32  # vectors whose losses are added in the dtype of the data, before their sum goes to float64
 
 
-def _flat(*arrays):
-    return [np.ascontiguousarray(a).reshape(-1) for a in arrays]
+@vector_function
+def _squared(x, target, _):
+    e = x - target
+    return e * e
 
 
-@kernel
+@vector_function
+def _absolute(x, target, _):
+    return fabs(x - target)
+
+
+@vector_function
 def _huber(x, target, delta):
-    loss = 0.0
-    for i in range(x.size):
-        e = abs(x[i] - target[i])
-        loss += 0.5 * e * e if e <= delta else delta * (e - 0.5 * delta)
-    return loss
+    e = fabs(x - target)
+    half = number(x, "0.5")
+    return select(e > delta, delta * (e - half * delta), half * e * e)
 
 
-@kernel
-def _huber_vjp(g, x, target, delta, out):
-    for i in range(x.size):
-        out[i] = g * min(max(x[i] - target[i], -delta), delta)
+@vector_function
+def _huber_slope(x, target, delta):
+    # The difference is the second argument, so that NaN stays.
+    return maximum(number(x, "0") - delta, minimum(delta, x - target))
 
 
+@vector_function
+def _binary(x, target, _):
+    e = exp_of_negative(number(x, "0") - fabs(x))
+    u = number(x, "1") + e
+    # log(u) e / (u - 1) makes up for the rounding of u where e is small.
+    rest = select(u > number(x, "1"), log(u) * (e / (u - number(x, "1"))), e)
+    return maximum(number(x, "0"), x) - x * target + rest
+
+
+@vector_function
+def _binary_slope(x, target, _):
+    return sigmoid(x) - target
+
+
+def _make_sum(function):
+    """A kernel for the sum of ``function(x, target, parameter)`` over flat arrays."""
+    @kernel(exact=True, reads="x target")
+    def run(x, target, parameter):
+        step = lanes(x)
+        parameters = splat(x.dtype.type(parameter))
+        loss = 0.0
+        for start in range(0, x.size, _STRETCH * step):
+            stop = min(x.size, start + _STRETCH * step)
+            total = splat(x.dtype.type(0))
+            for i in range(start, stop - stop % step, step):
+                total = total + function(load(x, i), load(target, i), parameters)
+            left = stop % step
+            if left:
+                v = function(load_part(x, stop - left, left), load_part(target, stop - left, left), parameters)
+                total = total + select(first_lanes(v, left), v, splat(x.dtype.type(0)))
+            loss += reduce_add(total)
+        return loss
+
+    return run
+
+
+def _make_slope(function):
+    """A kernel for ``g`` times the slopes ``function(x, target, parameter)`` of flat arrays."""
+    @kernel(exact=True, reads="x target", writes="out")
+    def run(g, x, target, parameter, out):
+        factor, parameters = splat(x.dtype.type(g)), splat(x.dtype.type(parameter))
+        for i in range(0, x.size, lanes(x)):
+            left = x.size - i
+            v = function(load_part(x, i, left), load_part(target, i, left), parameters)
+            store_part(out, i, factor * v, left)
+
+    return run
+
+
+_sum_squared, _sum_absolute, _sum_huber, _sum_binary = map(_make_sum, (_squared, _absolute, _huber, _binary))
+_run_huber_vjp, _run_binary_vjp = map(_make_slope, (_huber_slope, _binary_slope))
+
+
+@public
+def _summed(run, name, x, target, parameter):
+    check_dtypes(name, x, target)
+    if x.shape != target.shape:
+        refuse("a loss compares arrays of one shape, not {} with {}", x.shape, target.shape)
+    return run(line_like(x, x), line_like(target, x), parameter)
+
+
+@public
+def _slopes(run, name, g, x, target, parameter):
+    check_dtypes(name, x, target)
+    if x.shape != target.shape:
+        refuse("a loss compares arrays of one shape, not {} with {}", x.shape, target.shape)
+    out = result_like(x, None)
+    run(float(g), line_like(x, out), line_like(target, out), parameter, line(out))
+    return out
+
+
+@public
 def huber(x, target, delta):
     """Sum of e**2 / 2 where |e| <= delta, else delta * (|e| - delta / 2), with e = x - target (Huber 1964)."""
-    return _huber(*_flat(x, target), float(delta))
+    return _summed(_sum_huber, "huber", x, target, float(delta))
 
 
+@public
 def huber_vjp(g, x, target, delta):
     """Gradient for x of ``huber``; ``g`` is a scalar."""
-    out = np.empty(x.shape, x.dtype)
-    t = x.dtype.type
-    _huber_vjp(t(g), *_flat(x, target), t(delta), out.reshape(-1))
-    return out
+    return _slopes(_run_huber_vjp, "huber_vjp", g, x, target, float(delta))
 
 
-@kernel
-def _squared(x, target):
-    loss = 0.0
-    for i in range(x.size):
-        e = x[i] - target[i]
-        loss += e * e
-    return loss
-
-
+@public
 def squared(x, target):
     """Sum of (x - target)**2."""
-    return _squared(*_flat(x, target))
+    return _summed(_sum_squared, "squared", x, target, 0.0)
 
 
-@kernel
-def _absolute(x, target):
-    loss = 0.0
-    for i in range(x.size):
-        loss += abs(x[i] - target[i])
-    return loss
-
-
+@public
 def absolute(x, target):
     """Sum of |x - target|."""
-    return _absolute(*_flat(x, target))
+    return _summed(_sum_absolute, "absolute", x, target, 0.0)
 
 
-@kernel
-def _binary(x, target):
-    loss = 0.0
-    for i in range(x.size):
-        loss += max(x[i], x.dtype.type(0)) - x[i] * target[i] + np.log1p(np.exp(-abs(x[i])))
-    return loss
-
-
-@kernel
-def _binary_vjp(g, x, target, out):
-    one = x.dtype.type(1)
-    for i in range(x.size):
-        e = np.exp(-abs(x[i]))
-        p = one / (one + e) if x[i] >= 0 else e / (one + e)
-        out[i] = g * (p - target[i])
-
-
+@public
 def binary(x, target):
     """Sum of -target * log(sigmoid(x)) - (1 - target) * log(1 - sigmoid(x)), finite for every finite x."""
-    return _binary(*_flat(x, target))
+    return _summed(_sum_binary, "binary", x, target, 0.0)
 
 
+@public
 def binary_vjp(g, x, target):
     """Gradient for x of ``binary``; ``g`` is a scalar."""
-    out = np.empty(x.shape, x.dtype)
-    _binary_vjp(x.dtype.type(g), *_flat(x, target), out.reshape(-1))
-    return out
+    return _slopes(_run_binary_vjp, "binary_vjp", g, x, target, 0.0)

@@ -11,14 +11,18 @@ from .check import floats
 @op
 def exp(x):
     """e**x."""
-    y = np.exp(x)
-    return y, (lambda g: g * y,)
+    x = np.asarray(x)
+    floats("exp", x)
+    y = k.exp(x)
+    return y, (lambda g: k.exp_vjp(g, y),)
 
 
 @op
 def log(x):
     """Natural logarithm."""
-    return np.log(x), (lambda g: g / x,)
+    x = np.asarray(x)
+    floats("log", x)
+    return k.log(x), (lambda g: k.log_vjp(g, x),)
 
 
 @op
@@ -31,8 +35,10 @@ def sqrt(x):
 @op
 def tanh(x):
     """Hyperbolic tangent."""
-    y = np.tanh(x)
-    return y, (lambda g: g * (1 - y * y),)
+    x = np.asarray(x)
+    floats("tanh", x)
+    y = k.tanh(x)
+    return y, (lambda g: k.tanh_vjp(g, y),)
 
 
 @op

@@ -54,13 +54,13 @@ def cross_entropy(logits, target, label_smoothing=0.0, ignore_index=-100):
         labels = target.reshape(-1)
         loss, p = k.label_loss(rows, labels, label_smoothing, ignore_index)
         return logits.dtype.type(loss), (
-            lambda g: k.label_loss_vjp(g, p, labels, label_smoothing, ignore_index).reshape(logits.shape),)
+            lambda g: k.label_loss_vjp(g, p, labels, label_smoothing, ignore_index, p).reshape(logits.shape),)
     if target.dtype.kind == "f" and target.shape == logits.shape:
         same_dtype("cross_entropy", logits, target, "target")
         goal = target * (1 - label_smoothing) + label_smoothing / classes
         log_p = k.log_softmax(logits)
         mass = goal.sum(axis=-1, keepdims=True)
-        return -np.sum(goal * log_p), (lambda g: g * (np.exp(log_p) * mass - goal),)
+        return -np.sum(goal * log_p), (lambda g: g * (k.exp(log_p) * mass - goal),)
     raise ValueError(f"cross_entropy of logits {logits.shape} takes integer labels of shape {logits.shape[:-1]} or "
                      f"probabilities of shape {logits.shape}, not {target.dtype} of shape {target.shape}")
 
