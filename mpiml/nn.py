@@ -300,8 +300,8 @@ class Conv2d(Module):
         self.bias = Parameter((out_channels,), uniform(bound)) if bias else None
         self.options = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
 
-    def __call__(self, x, training=False):
-        return ops.conv2d(x, *given(training, self.weight, self.bias), **self.options)
+    def __call__(self, x, training=False, relu=False):
+        return ops.conv2d(x, *given(training, self.weight, self.bias), **self.options, relu=relu)
 
 
 class MaxPool2d(Module):
@@ -429,4 +429,4 @@ class Embedding(Module):
         return ops.embedding(x, *given(training, self.weight))
 
 
-_WITH_RELU = (Linear,)
+_WITH_RELU = (Linear, Conv2d)

@@ -26,8 +26,8 @@ def linear(x, weight, bias=None, relu=False):
 
 
 @op
-def conv2d(x, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
-    """Cross-correlation of x (n, c, h, w) with weight (out, c / groups, kh, kw), plus bias (out,)."""
+def conv2d(x, weight, bias=None, stride=1, padding=0, dilation=1, groups=1, relu=False):
+    """Cross-correlation of x (n, c, h, w) with weight (out, c / groups, kh, kw), plus bias (out,); max(., 0) with ``relu``."""
     image("conv2d", x)
     same_dtype("conv2d", x, weight)
     stride, padding, dilation = pair("stride", stride), pair("padding", padding), pair("dilation", dilation)
@@ -40,10 +40,18 @@ def conv2d(x, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
                          f"multiple of the groups")
     vectors("conv2d", x, weight.shape[:1], bias=bias)
     windows("conv2d", x, weight.shape[2:], stride, padding, dilation)
-    value = k.conv2d(x, weight, stride, padding, dilation, groups, bias)
-    return value, (lambda g: k.conv2d_vjp_x(g, weight, x.shape, stride, padding, dilation, groups),
-                   lambda g: k.conv2d_vjp_weight(g, x, weight.shape, stride, padding, dilation, groups),
-                   lambda g: g.sum(axis=(0, 2, 3)))
+    windows_of = stride, padding, dilation, groups
+    y = k.conv2d(x, weight, *windows_of, bias, relu)
+    positive = y if relu else None
+
+    def vjp(g, into):
+        into_x, into_weight, into_bias, *_ = *into, None, None
+        g = g if positive is None else k.relu_vjp(g, positive)
+        return (None if into_x is None else k.conv2d_vjp_x(g, weight, x.shape, *windows_of),
+                None if into_weight is None else k.conv2d_vjp_weight(g, x, weight.shape, *windows_of),
+                None if into_bias is None else g.sum(axis=(0, 2, 3)))
+
+    return y, vjp
 
 
 @op
