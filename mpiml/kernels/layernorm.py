@@ -18,6 +18,7 @@ from .simd import (
     load,
     load_part,
     load_tile,
+    out_of_line,
     select,
     splat,
     splat_tile,
@@ -96,6 +97,7 @@ def make_rows_vjp(size):
     """A kernel for the gradients of such rows; those of weight and bias are added."""
     @kernel(exact=True)
     def rows_vjp(g, start, stop, x, mean, scale, weight, dx, dweight, dbias):
+        out_of_line()
         count, width, t = x.shape[1], lanes(x), x.dtype.type
         share, one = t(1) / t(count), splat(t(1))
         whole, rest = count // width * width, count % width

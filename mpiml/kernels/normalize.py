@@ -20,7 +20,7 @@ remainder of the place by the number of lanes, in both layouts, so group norm gi
 import numpy as np
 
 from .jit import kernel
-from .normalize_columns import column_affine, column_moments, column_products
+from .normalize_columns import column_affine, column_affine_vjp, column_moments, column_products
 from .normalize_rows import row_affine, row_affine_vjp, row_moments, row_products
 from .public import check_dtypes, public, refuse
 from .simd import lanes
@@ -44,9 +44,9 @@ def _standardize(x, samples, groups, eps, weight, bias, measure, columns, mean, 
             if bias.size:
                 shift[b, ch] = bias[ch]
     if columns:
-        column_affine(x, x, samples, mean, scale, shift, shift, y, False)
+        column_affine(x, x, samples, mean, scale, shift, shift, y)
     else:
-        row_affine(x, samples, mean, scale, shift, y)
+        row_affine(x, x, samples, mean, scale, shift, shift, y)
 
 
 @kernel(exact=True, reads="g x weight mean var", writes="out")
@@ -82,7 +82,7 @@ def _standardize_vjp(g, x, samples, eps, weight, mean, var, measured, columns, o
                     slope[b, ch] = -inverse * inverse * inverse * (sum_gd / count)
                     shift[b, ch] = -inverse * (sum_g / count)
     if columns:
-        column_affine(g, x, samples, mean, scale, slope, shift, out, True)
+        column_affine_vjp(g, x, samples, mean, scale, slope, shift, out)
     else:
         row_affine_vjp(g, x, samples, mean, scale, slope, shift, out)
 

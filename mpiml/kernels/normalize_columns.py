@@ -15,16 +15,19 @@ from .simd import (
     load,
     load_part,
     load_tile,
+    out_of_line,
     reduce_add,
     select,
     splat,
     store,
+    store_part,
     store_tile,
     tile_fma,
     tile_subtract,
 )
 
-ROWS = 8
+ROWS = 8  # of which means are taken at once
+TILE = 4  # rows of anything else
 
 
 def _make_moments(size):
@@ -56,6 +59,7 @@ def _make_sums(size, products):
     """
     @kernel(exact=True)
     def sums(g, g_step, x, step, start, stop, k, mean, total, product, part):
+        out_of_line()
         width = lanes(x)
         parts, slots = total.shape
         one = splat(x.dtype.type(1))
@@ -74,6 +78,7 @@ def _make_affine(size, vjp):
     """A kernel for y = (x - mean) * scale + shift, or (vjp) y = g * scale + (x - mean) * slope + shift, by columns."""
     @kernel(exact=True)
     def affine(g, g_step, x, step, start, stop, k, mean, scale, slope, shift, y, y_step):
+        out_of_line()
         width = lanes(x)
         for p in range(start, stop, size):
             for slot in range(0, k, width):
@@ -90,45 +95,66 @@ def _make_affine(size, vjp):
 
 
 _moments, _moments_of_one = _make_moments(ROWS), _make_moments(1)
-_products, _products_of_one = _make_sums(ROWS // 2, True), _make_sums(1, True)
-_deviations, _deviations_of_one = _make_sums(ROWS // 2, False), _make_sums(1, False)
-_affine, _affine_of_one = _make_affine(ROWS // 2, False), _make_affine(1, False)
-_affine_vjp, _affine_vjp_of_one = _make_affine(ROWS // 2, True), _make_affine(1, True)
 
 
 @kernel(exact=True)
 def _unfold(sums, k):
     """Bring the sums of the last, overlapping vector to the places of their columns."""
+    out_of_line()
     parts, slots = sums.shape
     for part in range(parts):
         for j in range(slots - lanes(sums), k):
             sums[part, j] = sums[part, j + slots - k]
 
 
+def _make_sum_up(tiles, rest):
+    """A kernel that adds all rows, row p to part p % parts of the sums."""
+    @kernel(exact=True)
+    def sum_up(g, g_step, x, step, m, k, mean, total, product):
+        out_of_line()
+        parts = len(total)
+        for part in range(min(parts, m)):
+            whole = part + (m - part + parts - 1) // (parts * TILE) * TILE * parts
+            tiles(g, g_step, x, step, part, m, k, mean, total, product, part)
+            rest(g, g_step, x, step, whole, m, k, mean, total, product, part)
+        _unfold(total, k)
+        _unfold(product, k)
+
+    return sum_up
+
+
+_add_products = _make_sum_up(_make_sums(TILE, True), _make_sums(1, True))
+_add_deviations = _make_sum_up(_make_sums(TILE, False), _make_sums(1, False))
+
+
 @kernel(exact=True)
 def _add_parts(sums, n, each, out):
     """Add up the parts of each sample's columns, each of ``each`` channels, as the lanes of a row are."""
-    parts = len(sums)
-    total = np.empty((parts, n), sums.dtype)
+    out_of_line()
+    parts, slots = sums.shape
+    width = lanes(sums)
+    total = np.empty((parts, width), sums.dtype)
     for group in range(out.shape[1]):
-        total[:] = 0
-        for ch in range(group * each, (group + 1) * each):
+        for i in range(0, n, width):
+            rest = min(width, n - i)
             for part in range(parts):
-                for i in range(n):
-                    total[part, i] += sums[part, ch * n + i]
-        half = parts // 2
-        while half:
-            for part in range(half):
-                for i in range(n):
-                    total[part, i] += total[part + half, i]
-            half //= 2
-        for i in range(n):
-            out[i, group] = total[0, i]
+                v = splat(sums.dtype.type(0))
+                for ch in range(group * each, (group + 1) * each):
+                    v = v + load_part(sums, part * slots + ch * n + i, rest)
+                store(total, part * width, v)
+            half = parts // 2
+            while half:
+                for part in range(0, half * width, width):
+                    store(total, part, load(total, part) + load(total, part + half * width))
+                half //= 2
+            for lane in range(rest):
+                out[i + lane, group] = total[0, lane]
 
 
 @kernel(exact=True)
 def _add_columns(sums, n, each, samples, out):
     """Add up the columns of each block of ``samples`` samples and ``each`` channels."""
+    out_of_line()
     for b in range(len(out)):
         first, end = b * samples, min((b + 1) * samples, n)
         for group in range(out.shape[1]):
@@ -142,6 +168,7 @@ def _add_columns(sums, n, each, samples, out):
 @kernel(exact=True)
 def _sample_moments(x, step, mean, var):
     """For groups of channels of each sample on its own, as :func:`mpiml.kernels.normalize_rows.row_moments`, bit by bit."""
+    out_of_line()
     n, c, m = x.shape
     k, parts = n * c, lanes(x)
     each = c // mean.shape[1]
@@ -151,7 +178,7 @@ def _sample_moments(x, step, mean, var):
     for twice in range(2):
         total[:] = 0
         square[:] = 0
-        _sum_up(x, step, x, step, m, k, off, total, square, False)
+        _add_deviations(x, step, x, step, m, k, off, total, square)
         _add_parts(total, n, each, rest)
         _add_parts(square, n, each, var)
         for i in range(n):
@@ -163,21 +190,6 @@ def _sample_moments(x, step, mean, var):
                 else:
                     mean[i, group] = rest[i, group]
         off = expand(mean, n, c, 1, True)
-
-
-@kernel(exact=True)
-def _sum_up(g, g_step, x, step, m, k, mean, total, product, products):
-    parts = len(total)
-    for part in range(parts):
-        whole = part + (m - part + parts - 1) // parts // (ROWS // 2) * (ROWS // 2) * parts if m > part else part
-        if products:
-            _products(g, g_step, x, step, part, m, k, mean, total, product, part)
-            _products_of_one(g, g_step, x, step, whole, m, k, mean, total, product, part)
-        else:
-            _deviations(g, g_step, x, step, part, m, k, mean, total, product, part)
-            _deviations_of_one(g, g_step, x, step, whole, m, k, mean, total, product, part)
-    _unfold(total, k)
-    _unfold(product, k)
 
 
 @kernel(exact=True)
@@ -220,11 +232,12 @@ def column_moments(x, samples, groups, mean, var):
 @kernel(exact=True)
 def column_products(g, x, samples, mean, total, product):
     """Sums of g and of g * (x - mean) for each block and channel."""
+    out_of_line()
     n, c, m = x.shape
     k, width, size = n * c, lanes(x), x.itemsize
     shape = (width if samples == 1 else 1, -(-k // width) * width)
     totals, products = np.zeros(shape, x.dtype), np.zeros(shape, x.dtype)
-    _sum_up(g, g.strides[2] // size, x, x.strides[2] // size, m, k, expand(mean, n, c, samples, True), totals, products, True)
+    _add_products(g, g.strides[2] // size, x, x.strides[2] // size, m, k, expand(mean, n, c, samples, True), totals, products)
     if samples == 1:
         _add_parts(totals, n, 1, total)
         _add_parts(products, n, 1, product)
@@ -236,31 +249,42 @@ def column_products(g, x, samples, mean, total, product):
 @kernel(exact=True)
 def expand(values, n, c, samples, columns):
     """``values`` of (blocks, groups) as coefficients of (blocks, channels), or of all columns."""
+    out_of_line()
     blocks, groups = values.shape
     each = c // groups
     out = np.empty(c * n if columns else c * blocks, values.dtype)
     for ch in range(c):
         for b in range(blocks):
-            if columns:
-                for i in range(ch * n + b * samples, ch * n + min((b + 1) * samples, n)):
-                    out[i] = values[b, ch // each]
+            value = values[b, ch // each]
+            if not columns:
+                out[b * c + ch] = value
+            elif samples == 1:
+                out[ch * n + b] = value
             else:
-                out[b * c + ch] = values[b, ch // each]
+                end = ch * n + min((b + 1) * samples, n)
+                for i in range(ch * n + b * samples, end, lanes(out)):
+                    store_part(out, i, splat(value), min(lanes(out), end - i))
     return out
 
 
-@kernel(exact=True)
-def column_affine(g, x, samples, mean, scale, slope, shift, y, vjp):
-    """y = (x - mean) * scale + shift; or, with vjp, g * scale + (x - mean) * slope + shift."""
-    n, c, m = x.shape
-    size = x.itemsize
-    k, g_step, step, y_step = n * c, g.strides[2] // size, x.strides[2] // size, y.strides[2] // size
-    mu, factor, term = expand(mean, n, c, samples, True), expand(scale, n, c, samples, True), expand(shift, n, c, samples, True)
-    whole = m // (ROWS // 2) * (ROWS // 2)
-    if vjp:
-        tilt = expand(slope, n, c, samples, True)
-        _affine_vjp(g, g_step, x, step, 0, whole, k, mu, factor, tilt, term, y, y_step)
-        _affine_vjp_of_one(g, g_step, x, step, whole, m, k, mu, factor, tilt, term, y, y_step)
-    else:
-        _affine(x, step, x, step, 0, whole, k, mu, factor, term, term, y, y_step)
-        _affine_of_one(x, step, x, step, whole, m, k, mu, factor, term, term, y, y_step)
+def _make_column_affine(vjp):
+    """A kernel for y = (x - mean) * scale + shift, or (vjp) y = g * scale + (x - mean) * slope + shift."""
+    tiles, rest = _make_affine(TILE, vjp), _make_affine(1, vjp)
+
+    @kernel(exact=True)
+    def affine(g, x, samples, mean, scale, slope, shift, y):
+        out_of_line()
+        n, c, m = x.shape
+        size = x.itemsize
+        k, g_step, step, y_step = n * c, g.strides[2] // size, x.strides[2] // size, y.strides[2] // size
+        mu, factor = expand(mean, n, c, samples, True), expand(scale, n, c, samples, True)
+        term = expand(shift, n, c, samples, True)
+        tilt = expand(slope, n, c, samples, True) if vjp else term
+        whole = m // TILE * TILE
+        tiles(g, g_step, x, step, 0, whole, k, mu, factor, tilt, term, y, y_step)
+        rest(g, g_step, x, step, whole, m, k, mu, factor, tilt, term, y, y_step)
+
+    return affine
+
+
+column_affine, column_affine_vjp = _make_column_affine(False), _make_column_affine(True)

@@ -103,40 +103,41 @@ def row_products(g, x, samples, mean, total, product):
             product[b, ch] = reduce_add(gx)
 
 
-@kernel(exact=True)
-def row_affine(x, samples, mean, scale, shift, y):
-    """y = (x - mean) * scale + shift; mean is (blocks, groups), the others (blocks, c)."""
-    n, c, m = x.shape
-    size, width, each = x.itemsize, lanes(x), c // mean.shape[1]
-    whole = m // width * width
-    for i in range(n):
-        for ch in range(c):
+def _make_affine(vjp):
+    """A kernel for y = (x - mean) * scale + shift, or (vjp) y = g * scale + (x - mean) * slope + shift.
+
+    ``mean`` is (blocks, groups), the other coefficients are (blocks, c).
+    """
+    @kernel(exact=True)
+    def affine(g, x, samples, mean, scale, slope, shift, y):
+        n, c, m = x.shape
+        size, width, groups = x.itemsize, lanes(x), mean.shape[1]
+        each, whole, rest = c // groups, m // width * width, m % width
+        for i in range(n):
             b = i // samples
-            mu, factor, term = splat(mean[b, ch // each]), splat(scale[b, ch]), splat(shift[b, ch])
-            at_x = i * (x.strides[0] // size) + ch * (x.strides[1] // size)
-            at_y = i * (y.strides[0] // size) + ch * (y.strides[1] // size)
-            for j in range(0, whole, width):
-                store(y, at_y + j, fma(load(x, at_x + j) - mu, factor, term))
-            if whole < m:
-                v = load_part(x, at_x + whole, m - whole)
-                store_part(y, at_y + whole, fma(v - mu, factor, term), m - whole)
+            for group in range(groups):
+                mu = splat(mean[b, group])
+                for ch in range(group * each, (group + 1) * each):
+                    factor, tilt, term = splat(scale[b, ch]), splat(slope[b, ch]), splat(shift[b, ch])
+                    at_g = i * (g.strides[0] // size) + ch * (g.strides[1] // size)
+                    at_x = i * (x.strides[0] // size) + ch * (x.strides[1] // size)
+                    to = i * (y.strides[0] // size) + ch * (y.strides[1] // size)
+                    for j in range(0, whole, width):
+                        d = load(x, at_x + j) - mu
+                        if vjp:
+                            v = fma(load(g, at_g + j), factor, fma(d, tilt, term))
+                        else:
+                            v = fma(d, factor, term)
+                        store(y, to + j, v)
+                    if rest:
+                        d = load_part(x, at_x + whole, rest) - mu
+                        if vjp:
+                            v = fma(load_part(g, at_g + whole, rest), factor, fma(d, tilt, term))
+                        else:
+                            v = fma(d, factor, term)
+                        store_part(y, to + whole, v, rest)
+
+    return affine
 
 
-@kernel(exact=True)
-def row_affine_vjp(g, x, samples, mean, scale, slope, shift, out):
-    """out = g * scale + (x - mean) * slope + shift; mean is (blocks, groups), the others (blocks, c)."""
-    n, c, m = x.shape
-    size, width, each = x.itemsize, lanes(x), c // mean.shape[1]
-    whole = m // width * width
-    for i in range(n):
-        for ch in range(c):
-            b = i // samples
-            mu, factor, tilt, term = splat(mean[b, ch // each]), splat(scale[b, ch]), splat(slope[b, ch]), splat(shift[b, ch])
-            at_x = i * (x.strides[0] // size) + ch * (x.strides[1] // size)
-            at_g = i * (g.strides[0] // size) + ch * (g.strides[1] // size)
-            to = i * (out.strides[0] // size) + ch * (out.strides[1] // size)
-            for j in range(0, whole, width):
-                store(out, to + j, fma(load(g, at_g + j), factor, fma(load(x, at_x + j) - mu, tilt, term)))
-            if whole < m:
-                gv, xv = load_part(g, at_g + whole, m - whole), load_part(x, at_x + whole, m - whole)
-                store_part(out, to + whole, fma(gv, factor, fma(xv - mu, tilt, term)), m - whole)
+row_affine, row_affine_vjp = _make_affine(False), _make_affine(True)
