@@ -290,8 +290,8 @@ def test_the_lock_of_a_killed_process_is_free(tmp_path, monkeypatch):
     process = caller(tmp_path, "(np.float32, np.float64)", "import os", "from numba.core.caching import IndexDataCacheFile",
                      "IndexDataCacheFile._save_data = lambda *args: os._exit(9)")
     finish(process, code=9)
-    with open(tmp_path / f"mpiml-{os.getuid()}.lock") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    with open(tmp_path / f"mpiml-{os.getuid()}.lock", "r+") as lock:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 @pytest.fixture
@@ -319,8 +319,8 @@ def test_a_kernel_that_fails_to_compile_frees_the_lock(function, own_lock, tmp_p
     with pytest.raises(TypingError):
         function(np.ones(3))
     assert own_lock.depth == 0
-    with open(tmp_path / f"mpiml-{os.getuid()}.lock") as lock:  # it was taken
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    with open(tmp_path / f"mpiml-{os.getuid()}.lock", "r+") as lock:  # it was taken
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def test_threads_that_compile_at_once(own_lock, monkeypatch):
@@ -343,7 +343,7 @@ def test_threads_that_compile_at_once(own_lock, monkeypatch):
     assert own_lock.depth == 0 and own_lock._file is None
 
 
-@pytest.mark.parametrize("trouble", ["folder", "flock"])
+@pytest.mark.parametrize("trouble", ["folder", "lock"])
 def test_without_a_lock_it_compiles_all_the_same(trouble, own_lock, tmp_path, monkeypatch):
     fcntl = pytest.importorskip("fcntl")
     monkeypatch.setattr(jit._NodeCache, "save_overload", lambda *args: None)
@@ -353,7 +353,7 @@ def test_without_a_lock_it_compiles_all_the_same(trouble, own_lock, tmp_path, mo
     else:
         def refuse(*args):
             raise OSError(37, "No locks available")
-        monkeypatch.setattr(fcntl, "flock", refuse)
+        monkeypatch.setattr(fcntl, "lockf", refuse)
     assert jit.kernel(lambda x: x + 1)(2.0) == 3
     assert own_lock.depth == 0 and own_lock._file is None
 

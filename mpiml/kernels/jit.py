@@ -5,8 +5,7 @@ Numba compiles a kernel when it is first called with new dtypes, and keeps the m
 write, every process compiles for itself. What this file adds:
 
 - *Once per node.* The cache has no lock: two processes that compile at once do the work twice. So the process that
-  finds no entry takes a lock of its node (a file lock, freed by the system whatever happens to the process), looks
-  again, and compiles only if nobody did so meanwhile.
+  finds no entry takes a lock of its node, looks again, and compiles only if nobody did so meanwhile.
 - *Never stale.* Numba looks at the file of a kernel alone, but functions of other files are compiled into it. Here an
   entry counts only for the same text of all the files that the kernel's file imports from its folder.
 - *Never broken.* Numba numbers its files and writes the index before them: nodes of different CPUs that share a home,
@@ -49,25 +48,37 @@ _DAY = 24 * 3600
 
 
 class _NodeLock:
-    """One lock for all processes of this user on this node; may be taken again by its holder."""
+    """A lock for each kernel's index among all processes of this user on this node; its holder may take it again.
+
+    They are bytes of one file: the system frees them whatever happens to the process, and sees who waits in a circle.
+    """
 
     def __init__(self):
-        self.depth = 0
-        self._file = None
+        self._held, self._file = [], None
 
-    def acquire(self):
-        if self.depth == 0 and fcntl is not None:
-            with contextlib.suppress(OSError):  # no place for a lock: compile all the same
-                path = os.path.join(tempfile.gettempdir(), f"mpiml-{os.getuid()}.lock")
-                self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
-                fcntl.flock(self._file, fcntl.LOCK_EX)
-        self.depth += 1
+    @property
+    def depth(self):
+        return len(self._held)
+
+    def acquire(self, path):
+        byte = int.from_bytes(hashlib.blake2b(path.encode(), digest_size=7).digest(), "big")
+        self._held.append(byte)
+        if fcntl is not None:
+            with contextlib.suppress(OSError):  # no place for a lock, or a circle: compile all the same
+                if self._file is None:
+                    name = os.path.join(tempfile.gettempdir(), f"mpiml-{os.getuid()}.lock")
+                    self._file = os.open(name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+                fcntl.lockf(self._file, fcntl.LOCK_EX, 1, byte)
 
     def release_to(self, depth):
-        if self.depth > depth == 0 and self._file is not None:
+        while self.depth > depth:
+            byte = self._held.pop()
+            if self._file is not None and byte not in self._held:
+                with contextlib.suppress(OSError):
+                    fcntl.lockf(self._file, fcntl.LOCK_UN, 1, byte)
+        if depth == 0 and self._file is not None:
             os.close(self._file)
             self._file = None
-        self.depth = depth
 
 
 class _Report:
@@ -217,7 +228,7 @@ class _NodeCache(FunctionCache):
         code = self._load(sig, target_context)
         if code is None:
             _miss(self._py_func.__name__, sig, f"the cache in {self._cache_path}")
-            _lock.acquire()
+            _lock.acquire(self._cache_file._index_path)
             code = self._load(sig, target_context)
         return code
 
