@@ -30,7 +30,8 @@ from .simd import (
 )
 from .taps import COUNT, FIRST, SOURCE, forward_taps
 
-CHAIN = 4096  # terms of a sum before it is added to the total
+CHAIN, SHORT = 4096, 256  # most and fewest terms of a sum before it is added to the total
+NEAR = 1 << 16  # bytes of g that are used for all taps before the next ones
 
 
 def _make_broadcast(rows):
@@ -147,45 +148,46 @@ def weight_gradient(g, x, dw, stride, padding, dilation, groups):
     broadcast = 4 * outputs > 3 * filled and section > 4
     line = filled if broadcast else outputs * full  # elements of ``total`` for a row
     total = np.zeros(groups * kh * rows * line, g.dtype)
-    g_row = out + full
-    turned = np.zeros(ow * samples * g_row if broadcast else 0, g.dtype)
-    longest = max(1, CHAIN // max(samples, 1))
+    # So many pixels at a time that their part of g stays in the first cache, if the sums are not too short for that.
+    g_row = filled if groups == 1 else out + full
+    pixel = samples * (g_row if broadcast else out)
+    chunk = min(max(NEAR // max(pixel * g.itemsize, 1), SHORT // max(samples, 1), 1), max(CHAIN // max(samples, 1), 1))
+    turned = np.zeros(min(chunk, ow) * samples * g_row if broadcast else 0, g.dtype)
 
     for oy in range(oh):
-        if lines[oy, COUNT] == 0:
-            continue
-        if broadcast:
-            for ox in range(ow):
-                for o in range(0, out, full):
-                    for i in range(0, samples, full):
-                        turn_part(g, ((oy * ow + ox) * out + o) * samples + i, samples,
-                                  turned, (ox * samples + i) * g_row + o, g_row, out - o, samples - i)
-        for group in range(groups):
-            for tap in range(lines[oy, COUNT]):
-                ky, iy = lines[oy, FIRST] + tap, lines[oy, SOURCE] + tap * line_step
-                ox = 0
-                while ox < ow:
-                    # Pixels side by side that the same taps meet.
-                    pixels = 1
-                    first, count = columns[ox, FIRST], columns[ox, COUNT]
-                    while (ox + pixels < ow and pixels < longest and columns[ox + pixels, FIRST] == first
-                           and columns[ox + pixels, COUNT] == count):
-                        pixels += 1
-                    taps = count if sections > 1 else min(count, 1)
-                    for kx in range(taps):
-                        r = (first + kx) * inners
-                        n = section if sections > 1 else count * inners
-                        xi = ((iy * width + columns[ox, SOURCE] + kx * column_step) * channels + group * inners) * samples
-                        at = (group * kh + ky) * rows * line
-                        if broadcast:
-                            _broadcast(x, xi, row_stride, stride[1] * channels * samples, turned,
-                                       ox * samples * g_row + group * outputs, g_row, pixels, samples,
-                                       total, at + r * line, line, n, outputs)
-                        else:
-                            _dots(x, xi, row_stride, stride[1] * channels * samples, g,
-                                  ((oy * ow + ox) * out + group * outputs) * samples, samples, out * samples, pixels, samples,
-                                  total, at + r * full, rows * full, n, outputs)
-                    ox += pixels
+        for begin in range(0, ow, chunk):
+            end = min(begin + chunk, ow)
+            if broadcast:
+                for ox in range(begin, end):
+                    for o in range(0, out, full):
+                        for i in range(0, samples, full):
+                            turn_part(g, ((oy * ow + ox) * out + o) * samples + i, samples,
+                                      turned, ((ox - begin) * samples + i) * g_row + o, g_row, out - o, samples - i)
+            for group in range(groups):
+                for tap in range(lines[oy, COUNT]):
+                    ky, iy = lines[oy, FIRST] + tap, lines[oy, SOURCE] + tap * line_step
+                    at = (group * kh + ky) * rows * line
+                    ox = begin
+                    while ox < end:
+                        # Pixels side by side that the same taps meet.
+                        first, count = columns[ox, FIRST], columns[ox, COUNT]
+                        next_ox = ox + 1
+                        while next_ox < end and columns[next_ox, FIRST] == first and columns[next_ox, COUNT] == count:
+                            next_ox += 1
+                        for kx in range(count if sections > 1 else min(count, 1)):
+                            r = (first + kx) * inners
+                            n = section if sections > 1 else count * inners
+                            column = columns[ox, SOURCE] + kx * column_step
+                            xi = ((iy * width + column) * channels + group * inners) * samples
+                            if broadcast:
+                                _broadcast(x, xi, row_stride, stride[1] * channels * samples, turned,
+                                           (ox - begin) * samples * g_row + group * outputs, g_row, next_ox - ox, samples,
+                                           total, at + r * line, line, n, outputs)
+                            else:
+                                _dots(x, xi, row_stride, stride[1] * channels * samples, g,
+                                      ((oy * ow + ox) * out + group * outputs) * samples, samples, out * samples,
+                                      next_ox - ox, samples, total, at + r * full, rows * full, n, outputs)
+                        ox = next_ox
     for o in range(len(dw)):
         for c in range(inners):
             for ky in range(kh):

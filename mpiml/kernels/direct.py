@@ -73,8 +73,8 @@ def pack(w, row, inner, group, down, across, rows, inners, groups, block, packed
     """Copy weights to the order in which tiles read them: tile, tap down, tap across, input channel, row of the tile.
 
     ``row``, ``inner`` and ``group`` are the strides of ``w`` along the outputs and inputs of the convolution, and from
-    group to group; ``rows`` and ``inners`` their numbers; ``down`` and ``across`` the orders of the taps. ``block`` is the number
-    of rows of a tile; 0 for those of this file.
+    group to group; ``rows`` and ``inners`` their numbers; ``down`` and ``across`` the orders of the taps; ``block`` the
+    number of rows of a tile, 0 for those of this file.
     """
     out_of_line()
     square = lanes(w)
