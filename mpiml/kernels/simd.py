@@ -604,8 +604,10 @@ def _tilewise(name, arguments, build):
         tile = tiles[0]
 
         def code(context, builder, signature, args):
-            operands = [cgutils.unpack_tuple(builder, a) if kind == tile else [a] * len(tile) for a, kind in zip(args, kinds)]
-            return context.make_tuple(builder, tile, [build(builder, tile.dtype, *each) for each in zip(*operands)])
+            operands = [cgutils.unpack_tuple(builder, a) if kind == tile else [a] * len(tile)
+                        for a, kind in zip(args, kinds, strict=True)]
+            vectors = [build(builder, tile.dtype, *each) for each in zip(*operands, strict=True)]
+            return context.make_tuple(builder, tile, vectors)
 
         return tile(*kinds), code
 
@@ -644,13 +646,14 @@ def splat_tile(typing, a, i, stride, size):
 
 @intrinsic
 def dot_tile(typing, a, b, v):
-    """``v`` plus the products of the vectors of the tiles ``a`` and ``b``, in their order, one fma each; ``b`` may be a Vector."""
+    """``v`` plus the products of the vectors of the tiles ``a`` and ``b``, one fma each, in order; ``b`` may be a Vector."""
     if not isinstance(v, Vector) or b not in (a, v):
         return None
 
     def code(context, builder, signature, args):
         result, tile = args[2], cgutils.unpack_tuple(builder, args[0])
-        for x, y in zip(tile, cgutils.unpack_tuple(builder, args[1]) if b == a else [args[1]] * len(tile)):
+        others = cgutils.unpack_tuple(builder, args[1]) if b == a else [args[1]] * len(tile)
+        for x, y in zip(tile, others, strict=True):
             result = _call(builder, "fma", v, x, y, result)
         return result
 
