@@ -248,15 +248,26 @@ def _attention_vjp(g, q, k, v, bias, lengths, causal, scale, out, lse, dq, dk, d
 
 
 @public
-def _stack(x):
-    """``x`` as (batch, heads, t, d), the elements of a row consecutive."""
-    if x.strides[x.ndim - 1] != x.itemsize:
-        x = np.ascontiguousarray(x)
+def _whole_rows(x):
+    """``x``, or a copy of it in which the elements of a row are consecutive."""
+    if x.strides[x.ndim - 1] == x.itemsize or x.shape[-1] == 1:  # the stride of an axis of one element means nothing
+        return x
+    return np.ascontiguousarray(x)
+
+
+@public
+def _four(x):
+    """``x`` (t, d), (batch, t, d) or (batch, heads, t, d) as the last of these."""
     if x.ndim == 2:
         return x[None, None]
     if x.ndim == 3:
         return x[:, None]
     return x
+
+
+@public
+def _stack(x):
+    return _four(_whole_rows(x))
 
 
 @public
@@ -344,7 +355,8 @@ def attention(q, k, v, causal=False, lengths=None, mask=None, scale=None, out=No
     valid, bias = _valid(lengths, q4.shape[0], k4.shape[2]), _bias(mask, q4.shape[0], k4.shape[2], q.dtype)
     shape = q.shape[:-1] + (v.shape[-1],)
     if out is not None:
-        if out.shape != shape or out.dtype != q.dtype or out.strides[out.ndim - 1] != out.itemsize:
+        if out.shape != shape or out.dtype != q.dtype or (
+                out.strides[out.ndim - 1] != out.itemsize and shape[-1] != 1):
             refuse("out has shape {} and strides {}, the result shape {} and a contiguous last axis",
                    out.shape, out.strides, shape)
         y = out
@@ -353,18 +365,21 @@ def attention(q, k, v, causal=False, lengths=None, mask=None, scale=None, out=No
     logsumexp = np.empty(q.shape[:-1], q.dtype)
     factor = 1 / math.sqrt(max(q.shape[-1], 1)) if scale is None else float(scale)
     if y.size:
-        _attention(q4, k4, v4, bias, valid, causal, factor, _stack(y), _stack_rows(logsumexp))
+        _attention(q4, k4, v4, bias, valid, causal, factor, _four(y), _stack_rows(logsumexp))
     return y, logsumexp
 
 
 @public
 def _like(x, shape):
     """A new array of ``shape``, its axes in memory in the order of those of ``x`` if they are as long."""
-    return np.empty_like(x) if x.shape == shape and x.strides[x.ndim - 1] == x.itemsize else np.empty(shape, x.dtype)
+    if x.shape == shape and (x.strides[x.ndim - 1] == x.itemsize or shape[-1] == 1):
+        return np.empty_like(x)
+    return np.empty(shape, x.dtype)
 
 
 @public
 def _stack_rows(x):
+    """``x`` (t,), (batch, t) or (batch, heads, t) as the last of these."""
     if x.ndim == 1:
         return x[None, None]
     if x.ndim == 2:
@@ -390,5 +405,5 @@ def attention_vjp(g, q, k, v, out, logsumexp, causal=False, lengths=None, mask=N
     dq, dk, dv = _like(q, q.shape), _like(k, k.shape), _like(v, v.shape)
     factor = 1 / math.sqrt(max(q.shape[-1], 1)) if scale is None else float(scale)
     _attention_vjp(_stack(g), q4, k4, v4, bias, valid, causal, factor, _stack(out), _stack_rows(logsumexp),
-                   _stack(dq), _stack(dk), _stack(dv))
+                   _four(dq), _four(dk), _four(dv))
     return dq, dk, dv
