@@ -11,6 +11,7 @@ import numpy as np
 from .jit import kernel
 from .public import check_dtypes, output, public, refuse
 from .simd import (
+    REGISTER,
     at,
     dot_tile,
     first_lanes,
@@ -33,7 +34,8 @@ from .simd import (
     zero_tile,
 )
 
-ROWS = 4
+ROWS = 8 if REGISTER == 64 else 4  # what the registers hold
+ROWS_VJP = 4
 
 
 def make_rows(size):
@@ -142,14 +144,14 @@ def make_rows_vjp(size):
     return rows_vjp
 
 
-_rows_vjp, _row_vjp = make_rows_vjp(ROWS), make_rows_vjp(1)
+_rows_vjp, _row_vjp = make_rows_vjp(ROWS_VJP), make_rows_vjp(1)
 
 
 @kernel(exact=True)
 def _layer_norm_vjp(g, x, mean, scale, weight, dx, dweight, dbias):
     dweight[:] = 0
     dbias[:] = 0
-    whole = len(x) // ROWS * ROWS
+    whole = len(x) // ROWS_VJP * ROWS_VJP
     _rows_vjp(g, 0, whole, x, mean, scale, weight, dx, dweight, dbias)
     _row_vjp(g, whole, len(x), x, mean, scale, weight, dx, dweight, dbias)
 
