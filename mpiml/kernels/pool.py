@@ -10,7 +10,21 @@ from .conv import out_size
 from .jit import kernel
 from .layout import images, innermost, is_batch_innermost
 from .public import check_dtypes, public, refuse
-from .simd import lanes, load_part, load_whole, out_of_line, select, splat, store_part, store_whole
+from .simd import (
+    lanes,
+    load_part,
+    load_row,
+    load_whole,
+    out_of_line,
+    select,
+    splat,
+    store_part,
+    store_tile,
+    store_whole,
+    tile_add,
+    tile_multiply,
+    zero_tile,
+)
 
 PIXELS = 1 << 24  # in an image: so many whole numbers has float32
 
@@ -22,29 +36,40 @@ def _window(i, pixels, size, stride, padding):
     return max(0, first), min(pixels, first + size)
 
 
+@kernel(exact=True)
+def _better(v, here, best, where):
+    """The maximum so far, and where it was, after ``v`` at the place ``here``."""
+    larger, number = v > best, v == v  # NaN is not equal to itself, and wins
+    return select(number, select(larger, v, best), v), select(number, select(larger, here, where), here)
+
+
 @kernel(exact=True, reads="x", writes="y index")
 def _max_pool(x, y, index, size, stride, padding):
     out_of_line()
     n, c, h, w = x.shape
     block = n * c
+    full = lanes(x)
     for oy in range(y.shape[2]):
         top, bottom = _window(oy, h, size[0], stride[0], padding[0])
         for ox in range(y.shape[3]):
             left, right = _window(ox, w, size[1], stride[1], padding[1])
             to = (oy * y.shape[3] + ox) * block
-            for i in range(0, block, lanes(x)):
-                best = load_part(x, (top * w + left) * block + i, block - i)
+            for i in range(0, block, 2 * full):
+                first, then = i, min(i + full, block)  # two vectors at a time, of which the second may be empty
+                best = load_part(x, (top * w + left) * block + first, block - first)
+                second = load_part(x, (top * w + left) * block + then, block - then)
                 where = splat(x.dtype.type(top * w + left))
+                beside = where
                 for iy in range(top, bottom):
                     for ix in range(left, right):
                         place = iy * w + ix
-                        v = load_part(x, place * block + i, block - i)
                         here = splat(x.dtype.type(place))
-                        larger, number = v > best, v == v
-                        best = select(number, select(larger, v, best), v)
-                        where = select(number, select(larger, here, where), here)
-                store_part(y, to + i, best, block - i)
-                store_whole(index, to + i, where, block - i)
+                        best, where = _better(load_part(x, place * block + first, block - first), here, best, where)
+                        second, beside = _better(load_part(x, place * block + then, block - then), here, second, beside)
+                store_part(y, to + first, best, block - first)
+                store_whole(index, to + first, where, block - first)
+                store_part(y, to + then, second, block - then)
+                store_whole(index, to + then, beside, block - then)
 
 
 @kernel(exact=True, reads="g index", writes="x")
@@ -72,18 +97,17 @@ def _max_pool_vjp(g, index, x, size, stride, padding):
                         store_part(x, place * block + i, part, block - i)
 
 
-@kernel(writes="x")
+@kernel(exact=True, writes="x")
 def _clear(x, everything, windows, size, stride, padding):
     """Zeros, where no window will write: behind the last one, or everywhere."""
     out_of_line()
     n, c, h, w = x.shape
+    block = n * c
     bottom, right = windows[0] * stride[0] - padding[0], windows[1] * stride[1] - padding[1]
-    for iy in range(h):
-        for ix in range(w):
-            if everything or iy >= bottom or ix >= right:
-                for k in range(c):
-                    for i in range(n):
-                        x[i, k, iy, ix] = 0
+    for place in range(h * w):
+        if everything or place // w >= bottom or place % w >= right:
+            for i in range(0, block, lanes(x)):
+                store_part(x, place * block + i, splat(x.dtype.type(0)), block - i)
 
 
 @kernel(exact=True, reads="x", writes="y")
@@ -96,12 +120,12 @@ def _avg_pool(x, y, size, stride, padding):
         top, bottom = _window(oy, h, size[0], stride[0], padding[0])
         for ox in range(y.shape[3]):
             left, right = _window(ox, w, size[1], stride[1], padding[1])
-            for i in range(0, block, lanes(x)):
-                total = splat(x.dtype.type(0))
+            for i in range(0, block, 4 * lanes(x)):
+                total = zero_tile(x, 4)
                 for iy in range(top, bottom):
                     for ix in range(left, right):
-                        total = total + load_part(x, (iy * w + ix) * block + i, block - i)
-                store_part(y, (oy * y.shape[3] + ox) * block + i, total * share, block - i)
+                        total = tile_add(total, load_row(x, (iy * w + ix) * block + i, block - i, 4))
+                store_tile(tile_multiply(total, share), y, (oy * y.shape[3] + ox) * block + i, 0, block - i, 4)
 
 
 @kernel(exact=True, reads="g", writes="x")
@@ -116,15 +140,13 @@ def _avg_pool_vjp(g, x, size, stride, padding):
         top, bottom = _window(oy, h, size[0], stride[0], padding[0])
         for ox in range(g.shape[3]):
             left, right = _window(ox, w, size[1], stride[1], padding[1])
-            for i in range(0, block, lanes(g)):
-                v = load_part(g, (oy * g.shape[3] + ox) * block + i, block - i) * share
+            for i in range(0, block, 4 * lanes(g)):
+                part = tile_multiply(load_row(g, (oy * g.shape[3] + ox) * block + i, block - i, 4), share)
                 for iy in range(top, bottom):
                     for ix in range(left, right):
                         at = (iy * w + ix) * block + i
-                        part = v
-                        if overlap:
-                            part = v + load_part(x, at, block - i)
-                        store_part(x, at, part, block - i)
+                        total = tile_add(part, load_row(x, at, block - i, 4)) if overlap else part
+                        store_tile(total, x, at, 0, block - i, 4)
 
 
 @public
