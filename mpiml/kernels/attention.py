@@ -20,7 +20,7 @@ from .polynomial import exp_of_negative, log, vector_function
 from .public import check_dtypes, public, refuse
 from .simd import fma, lanes, load, load_part, out_of_line, reduce_add, splat, store, store_part
 
-QUERIES = 8 * ROWS  # in a block
+QUERIES = 4 * ROWS  # in a block
 KEYS = 256  # in a block; a multiple of a tile's width
 ROOM = KEYS + 16  # elements from row to row of a block of scores: no power of two, which would crowd the cache
 
@@ -94,8 +94,9 @@ def _seen(i, j0, n, causal):
 def _clear(s, r, i, j0, n, causal):
     """0 for what tiles on the diagonal read behind the last key that the query i sees."""
     if causal:
-        for j in range(max(0, i + 1 - j0), min(n, i + 1 - j0 + ROWS)):
-            store_part(s, r * ROOM + j, splat(s.dtype.type(0)), 1)
+        stop = min(n, i + 1 - j0 + ROWS)
+        for j in range(max(0, i + 1 - j0), stop, lanes(s)):
+            store_part(s, r * ROOM + j, splat(s.dtype.type(0)), stop - j)
 
 
 @kernel(exact=True, writes="s")
