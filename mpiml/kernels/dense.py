@@ -25,9 +25,12 @@ def _matmul(a, b, c, add):
         elif c_row == 1 or c.shape[1] == 1:  # c' = b' a'
             gemm(b, bi, b_column, b_step, a, ai, a_step, a_row, c, ci, c_column, c.shape[2], a.shape[2], c.shape[1], add)
         else:
-            whole = np.ascontiguousarray(c[s])
-            gemm(a, ai, a_row, a_step, b, bi, b_step, b_column, whole, 0, whole.shape[1], c.shape[1], a.shape[2], c.shape[2], add)
-            c[s] = whole
+            whole = np.empty((c.shape[1], c.shape[2]), c.dtype)
+            gemm(a, ai, a_row, a_step, b, bi, b_step, b_column, whole, 0, whole.shape[1], c.shape[1], a.shape[2], c.shape[2],
+                 False)
+            for i in range(whole.shape[0]):
+                for j in range(whole.shape[1]):
+                    c[s, i, j] = c[s, i, j] + whole[i, j] if add else whole[i, j]
 
 
 @kernel(exact=True, reads="x weight bias")

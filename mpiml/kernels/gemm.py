@@ -17,9 +17,24 @@ tile or the block it falls into: its bits are a function of its row, its column 
 """
 
 import numpy as np
+from numba.extending import register_jitable
 
 from .jit import kernel
-from .simd import REGISTER, at, lanes, load_part, load_row, load_tile, out_of_line, outer, store, store_tile, turn, zero_tile
+from .simd import (
+    REGISTER,
+    at,
+    flat,
+    lanes,
+    load_part,
+    load_row,
+    load_tile,
+    out_of_line,
+    outer,
+    store,
+    store_tile,
+    turn,
+    zero_tile,
+)
 
 # The registers of AVX-512 and NEON (32) and of AVX2 (16) hold these tiles and one row and column besides.
 ROWS, VECTORS = {64: (8, 2), 32: (6, 2), 16: (6, 4)}[REGISTER]
@@ -52,8 +67,7 @@ _four, _two, _one = (make_tile(rows, VECTORS, True) for rows in (4, 2, 1))
 
 
 @kernel(exact=True, reads="a b", writes="c")
-def column_of_tiles(a, ai, a_row, a_step, b, bi, b_step, c, ci, c_row, rows, inner, columns, add):
-    """``rows`` x ``columns`` elements of ``c``, at most one tile wide; arguments are flat positions and strides."""
+def _column_of_tiles(a, ai, a_row, a_step, b, bi, b_step, c, ci, c_row, rows, inner, columns, add):
     out_of_line()
     wide = columns == VECTORS * lanes(c)
     i = 0
@@ -78,13 +92,19 @@ def column_of_tiles(a, ai, a_row, a_step, b, bi, b_step, c, ci, c_row, rows, inn
             i += 1
 
 
+@register_jitable(inline="always")
+def column_of_tiles(a, ai, a_row, a_step, b, bi, b_step, c, ci, c_row, rows, inner, columns, add):
+    """``rows`` x ``columns`` elements of ``c``, at most one tile wide; arguments are flat positions and strides."""
+    _column_of_tiles(flat(a), ai, a_row, a_step, flat(b), bi, b_step, flat(c), ci, c_row, rows, inner, columns, add)
+
+
 @kernel(exact=True)
 def _turn(a, i, a_row, b, j, b_row):
     out_of_line()
     turn(a, i, a_row, b, j, b_row)
 
 
-@kernel(exact=True)
+@kernel(exact=True, reads="b")
 def _pack(b, bi, b_step, b_column, inner, columns, panel):
     """Copy a block of ``b`` to panels of one tile's width, in which a row follows a row."""
     out_of_line()
@@ -115,23 +135,27 @@ def _pack(b, bi, b_step, b_column, inner, columns, panel):
 
 
 @kernel(exact=True, reads="a b", writes="c")
-def gemm(a, ai, a_row, a_step, b, bi, b_step, b_column, c, ci, c_row, rows, inner, columns, add):
-    """c = a b, or c += a b: ``c[i, j]`` at flat position ``ci + i * c_row + j``, ``a`` and ``b`` of any strides."""
+def _gemm(a, ai, a_row, a_step, b, bi, b_step, b_column, c, ci, c_row, rows, inner, columns, add):
     out_of_line()
     width = VECTORS * lanes(c)
     direct = b_column == 1 and inner * columns * c.itemsize <= DIRECT
     if direct or inner == 0:
         for j in range(0, columns, width):
-            column_of_tiles(a, ai, a_row, a_step, b, bi + j, b_step, c, ci + j, c_row, rows, inner,
-                            min(width, columns - j), add)
+            _column_of_tiles(a, ai, a_row, a_step, b, bi + j, b_step, c, ci + j, c_row, rows, inner,
+                             min(width, columns - j), add)
         return
     panel = np.empty(min(inner, INNER) * (min(columns, OUTER) + width), c.dtype)
-    flat = panel.reshape((1, panel.size))
     for j0 in range(0, columns, OUTER):
         n = min(OUTER, columns - j0)
         for k0 in range(0, inner, INNER):
             depth = min(INNER, inner - k0)
             _pack(b, bi + k0 * b_step + j0 * b_column, b_step, b_column, depth, n, panel)
             for j in range(0, n, width):
-                column_of_tiles(a, ai + k0 * a_step, a_row, a_step, flat, j * depth, width, c, ci + j0 + j, c_row, rows,
-                                depth, min(width, n - j), add or k0 > 0)
+                _column_of_tiles(a, ai + k0 * a_step, a_row, a_step, panel, j * depth, width, c, ci + j0 + j, c_row, rows,
+                                 depth, min(width, n - j), add or k0 > 0)
+
+
+@register_jitable(inline="always")
+def gemm(a, ai, a_row, a_step, b, bi, b_step, b_column, c, ci, c_row, rows, inner, columns, add):
+    """c = a b, or c += a b: ``c[i, j]`` at flat position ``ci + i * c_row + j``, ``a`` and ``b`` of any strides."""
+    _gemm(flat(a), ai, a_row, a_step, flat(b), bi, b_step, b_column, flat(c), ci, c_row, rows, inner, columns, add)

@@ -21,7 +21,9 @@ import llvmlite.binding as llvm
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils, config
+from numba.core.imputils import impl_ret_borrowed
 from numba.extending import intrinsic, models, overload, register_model
+from numba.np.arrayobj import populate_array
 
 _INT = ir.IntType(32)
 
@@ -267,6 +269,23 @@ def load_whole(typing, a, i, like, count):
         return builder.sitofp(loaded, _llvm(like))
 
     return like(a, types.intp, like, types.intp), code
+
+
+@intrinsic
+def flat(typing, a):
+    """The memory of the array ``a`` as an array of one axis.
+
+    Kernels that go by flat positions alone take this, and are compiled once for arrays of any number of axes.
+    """
+    kind = types.Array(a.dtype, 1, "A", readonly=not a.mutable)
+
+    def code(context, builder, signature, args):
+        source, result = context.make_array(a)(context, builder, args[0]), context.make_array(kind)(context, builder)
+        populate_array(result, data=source.data, shape=[source.nitems], strides=[source.itemsize], itemsize=source.itemsize,
+                       meminfo=source.meminfo, parent=source.parent)
+        return impl_ret_borrowed(context, builder, kind, result._getvalue())
+
+    return kind(a), code
 
 
 @intrinsic
