@@ -58,8 +58,8 @@ def test_the_drawn_timelines():
         assert run.stdout == drawn.removesuffix("```\n")
 
 
-@pytest.mark.parametrize("block, printed", [(4, "[1.         0.54030231]\n"), (5, "[2. 2. 2.]\n")])
-def test_the_new_op_and_the_new_layer(block, printed):
-    run = subprocess.run([sys.executable, "-c", BLOCKS[block]], capture_output=True, text=True, timeout=60,
+@pytest.mark.parametrize("block, printed", [(4, "[1.         0.54030231]\n"), (5, "[2. 2. 2.]\n"), (6, "[[1. 0.]]\n")])
+def test_the_new_op_the_new_layer_and_the_compiled_loop(block, printed):
+    run = subprocess.run([sys.executable, "-c", BLOCKS[block]], capture_output=True, text=True, timeout=120,
                          env=environment())
     assert run.stdout == printed, run.stderr
