@@ -77,6 +77,7 @@ def test_conv2d_and_its_gradients(dtype, layout, other, n, groups, inners, outpu
     dx, dw = k.conv2d_vjp_x(g, weight, x.shape, *how), k.conv2d_vjp_weight(g, x, weight.shape, *how)
     near(dx, tx.grad)
     near(dw, tw.grad)
+    near(k.conv2d_vjp_bias(g), tensors(g)[0].sum((0, 2, 3)))
     assert is_batch_innermost(dx)
     for call, result in ((lambda out: k.conv2d(x, weight, *how, bias, relu, out), y),
                          (lambda out: k.conv2d_vjp_x(g, weight, x.shape, *how, out), dx),
@@ -158,6 +159,7 @@ def test_an_empty_batch():
     assert y.shape == (0, 4, 3, 3)
     assert k.conv2d_vjp_x(y, weight, x.shape).shape == x.shape
     assert not k.conv2d_vjp_weight(y, x, weight.shape).any()
+    assert not k.conv2d_vjp_bias(y).any()
     pooled, index = k.max_pool2d(x, (2, 2), (2, 2))
     assert k.max_pool2d_vjp(pooled, index, x.shape, (2, 2), (2, 2)).shape == x.shape
     assert k.avg_pool2d_vjp(k.avg_pool2d(x, (2, 2), (2, 2)), x.shape, (2, 2), (2, 2)).shape == x.shape

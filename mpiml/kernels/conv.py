@@ -6,7 +6,7 @@ too, and :mod:`convweight` for the gradient for the weight.
 
 import numpy as np
 
-from .convweight import weight_gradient
+from .convweight import bias_gradient, weight_gradient
 from .direct import convolve
 from .layout import images, innermost, is_batch_innermost
 from .public import check_dtypes, output, public, refuse
@@ -151,3 +151,14 @@ def conv2d_vjp_weight(g, x, weight_shape, stride=(1, 1), padding=(0, 0), dilatio
     output(out, weight_shape, g.dtype)
     weight_gradient(innermost(g), innermost(x), out, stride, padding, dilation, groups)
     return out
+
+
+@public
+def conv2d_vjp_bias(g, out=None):
+    """Gradient for bias, of shape (out,), from ``g`` (n, out, oh, ow)."""
+    check_dtypes("conv2d_vjp_bias", g)
+    if g.ndim != 4:
+        refuse("conv2d_vjp_bias takes a gradient of shape (n, out, oh, ow), not {}", g.shape)
+    db = output(out, (g.shape[1],), g.dtype)
+    bias_gradient(innermost(g), db)
+    return db

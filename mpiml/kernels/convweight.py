@@ -1,4 +1,4 @@
-"""Gradient of a convolution for its weight: a sum over samples and pixels, in two forms.
+"""Gradients of a convolution for its weight, and for its bias: a sum over samples and pixels, in two forms.
 
 For a row of the result's pixels and one row of taps it is a matrix product: tap column and input channel, which lie one
 after the other in the images, times output channels, summed over the pixels of the row and the samples.
@@ -18,11 +18,14 @@ from .simd import (
     lanes,
     lanewise,
     load,
+    load_part,
     load_row,
     load_tile,
     out_of_line,
     outer,
     reduce_add,
+    splat,
+    store,
     store_tile,
     tile_add,
     turn_part,
@@ -198,3 +201,24 @@ def weight_gradient(g, x, dw, stride, padding, dilation, groups):
                         dw[o, c, ky, kx] = total[at + r * line + k]
                     else:
                         dw[o, c, ky, kx] = reduce_add(load(total, at + (k * rows + r) * full))
+
+
+@kernel(exact=True, reads="g", writes="db")
+def bias_gradient(g, db):
+    """Sums of ``g`` (n, out, oh, ow), batch innermost, over samples and pixels."""
+    out_of_line()
+    samples, out, oh, ow = g.shape
+    full = lanes(g)
+    row, total = np.zeros(out * full, g.dtype), np.zeros(out * full, g.dtype)
+    for oy in range(oh):
+        for ox in range(ow):
+            for o in range(out):
+                v = load(row, o * full)
+                for i in range(0, samples, full):
+                    v = v + load_part(g, ((oy * ow + ox) * out + o) * samples + i, samples - i)
+                store(row, o * full, v)
+        for i in range(0, row.size, full):  # short chains, as above
+            store(total, i, load(total, i) + load(row, i))
+            store(row, i, splat(g.dtype.type(0)))
+    for o in range(out):
+        db[o] = reduce_add(load(total, o * full))

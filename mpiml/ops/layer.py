@@ -49,7 +49,7 @@ def conv2d(x, weight, bias=None, stride=1, padding=0, dilation=1, groups=1, relu
         g = g if positive is None else k.relu_vjp(g, positive)
         return (None if into_x is None else k.conv2d_vjp_x(g, weight, x.shape, *windows_of),
                 None if into_weight is None else k.conv2d_vjp_weight(g, x, weight.shape, *windows_of),
-                None if into_bias is None else g.sum(axis=(0, 2, 3)))
+                None if into_bias is None else k.conv2d_vjp_bias(g))
 
     return y, vjp
 
