@@ -4,8 +4,9 @@
 
 A row is a kernel at a shape: medians of alternating rounds, the faster of PyTorch's layouts, and the fraction of the
 limit that counts: of the peak in fused multiply-adds for matrix products, convolutions and attention, else of the
-bandwidth of the triad ``a = a + s * b`` over as many bytes as must move at least. Both limits are measured here. The
-results of both sides are compared first.
+bandwidth of the triad ``a = a + s * b`` over as many bytes as must move at least. Both limits are measured here; more
+than 100 % is an algorithm that multiplies less (Winograd's) or memory that is faster than the triad finds it. The results
+of both sides are compared first.
 """
 
 import argparse

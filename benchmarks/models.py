@@ -191,7 +191,7 @@ def main():
         layouts = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last} if x.ndim == 4 else {
             "": torch.contiguous_format}
         others = [theirs(build, x, y, torch_make, weights, layout) for layout in layouts.values()]
-        losses = np.array([[step() for step in (mine, *others)] for _ in range(4)])
+        losses = np.array([[step() for step in (mine, *others)] for _ in range(3)])
         assert np.allclose(losses, losses[:, :1], rtol=2e-3), f"the twins do not train alike: {losses}"
         us, torchs, layout, ratio = against(alternate([mine, *others], args.rounds, least=0.05))
         print(f"{name:10}{us * 1e3:>10.2f}ms{torchs * 1e3:>10.2f}ms{list(layouts)[layout]:>6}{ratio:>7.2f}", flush=True)
