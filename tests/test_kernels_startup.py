@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from mpiml import kernels
-from mpiml.kernels import warmup
+from mpiml.kernels import jit, warmup
 from mpiml.kernels.jit import kernel
-from mpiml.kernels.simd import out_of_line
+from mpiml.kernels.simd import flat, load, out_of_line, reduce_add
 
 HELPER = """
 from mpiml.kernels.jit import kernel
@@ -228,7 +228,14 @@ def test_eight_processes_compile_each_kernel_once(family):
     assert sum(int(finish(process)[0]) for process in processes) == len(["twice float32", "twice float64"]) + 2
 
 
-def test_a_number_written_in_a_call_is_no_reason_to_compile_again():
+@pytest.fixture
+def uncached(monkeypatch):
+    """Every kernel is compiled here: loaded ones do not tell how they were made."""
+    monkeypatch.setattr(jit._NodeCache, "load_overload", lambda *args: None)
+    monkeypatch.setattr(jit._NodeCache, "save_overload", lambda *args: None)
+
+
+def test_a_number_written_in_a_call_is_no_reason_to_compile_again(uncached):
     @kernel
     def inner(x, n, flag):
         return x + n if flag else x
@@ -241,7 +248,7 @@ def test_a_number_written_in_a_call_is_no_reason_to_compile_again():
     assert len(inner.signatures) == 1
 
 
-def test_a_function_may_stay_out_of_its_callers():
+def test_a_function_may_stay_out_of_its_callers(uncached):
     @kernel
     def apart(x):
         out_of_line()
@@ -254,6 +261,21 @@ def test_a_function_may_stay_out_of_its_callers():
     assert caller(3.0) == 47
     llvm = caller.inspect_llvm(caller.signatures[0])
     assert sum("call" in line and "apart" in line for line in llvm.splitlines()) >= 2
+
+
+def test_a_kernel_of_flat_positions_is_compiled_once_for_any_number_of_axes(uncached):
+    @kernel(exact=True, reads="x")
+    def first_sum(x, i):
+        return reduce_add(load(x, i))
+
+    @kernel
+    def caller(x, y):
+        return first_sum(flat(x), 0) + first_sum(flat(y), 1) + first_sum(flat(y * 2), 1)  # the last lives on in the view
+
+    x, y = np.ones((8, 8), np.float32), np.ones((4, 4, 4), np.float32)
+    width = 2 * first_sum(x.reshape(-1), 0)
+    assert caller(x, y) == 2 * width
+    assert len(first_sum.signatures) == 1
 
 
 def test_the_table_has_an_example_of_every_kernel():
