@@ -10,7 +10,8 @@ import numpy as np
 
 from mpiml import kernels as k
 from mpiml.kernels.jit import kernel
-from mpiml.kernels.simd import lanes, load_row, outer, store_tile, zero_tile
+from mpiml.kernels.simd import lanes
+from mpiml.kernels.tile import load_row, outer, store_tile, zero_tile
 
 
 @kernel(exact=True)

@@ -229,7 +229,8 @@ def test_a_rate_for_each_parameter_uses_the_gradient_up(kind, options):
 @pytest.mark.parametrize("kind, options, message", [
     (LARS, {"lr": 0.1, "momentum": -1}, "LARS needs momentum >= 0, not -1"),
     (LARS, {"lr": 0.1, "weight_decay": -1}, "LARS needs weight_decay >= 0, not -1"),
-    (LARS, {"lr": 0.1, "trust": 0}, "LARS needs trust > 0, not 0"), (LARS, {"lr": 0.1, "eps": -1}, "LARS needs eps >= 0, not -1"),
+    (LARS, {"lr": 0.1, "trust": 0}, "LARS needs trust > 0, not 0"),
+    (LARS, {"lr": 0.1, "eps": -1}, "LARS needs eps >= 0, not -1"),
     (LAMB, {"eps": -1}, "Adam needs eps >= 0, not -1")])
 def test_bad_arguments_of_ratios(kind, options, message):
     with pytest.raises(ValueError, match=message):

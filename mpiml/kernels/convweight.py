@@ -14,24 +14,9 @@ Each row of pixels has a sum of its own that is then added to the others': short
 import numpy as np
 
 from .jit import kernel
-from .simd import (
-    lanes,
-    lanewise,
-    load,
-    load_part,
-    load_row,
-    load_tile,
-    out_of_line,
-    outer,
-    reduce_add,
-    splat,
-    store,
-    store_tile,
-    tile_add,
-    turn_part,
-    zero_tile,
-)
+from .simd import lanes, load, load_part, out_of_line, reduce_add, splat, store
 from .taps import COUNT, FIRST, SOURCE, forward_taps
+from .tile import lanewise, load_row, load_tile, outer, store_tile, tile_add, turn_part, zero_tile
 
 CHAIN, SHORT = 4096, 256  # most and fewest terms of a sum before it is added to the total
 NEAR = 1 << 16  # bytes of g that are used for all taps before the next ones

@@ -10,22 +10,10 @@ each term, so its bits do not depend on the batch.
 import numpy as np
 
 from .jit import kernel
-from .simd import (
-    REGISTER,
-    at,
-    at_least,
-    lanes,
-    load_part,
-    load_row,
-    out_of_line,
-    outer,
-    splat,
-    store_part,
-    store_tile,
-    turn_part,
-    zero_tile,
-)
+from .registers import REGISTER
+from .simd import at, lanes, load_part, out_of_line, splat, store_part
 from .taps import COUNT, FIRST, SOURCE, backward_taps, forward_taps
+from .tile import at_least, load_row, outer, store_tile, turn_part, zero_tile
 
 ROWS = {64: 8, 32: 6, 16: 6}[REGISTER]  # output channels of the largest tile, VECTORS vectors wide
 VECTORS = 2

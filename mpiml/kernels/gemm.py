@@ -20,21 +20,9 @@ import numpy as np
 from numba.extending import register_jitable
 
 from .jit import kernel
-from .simd import (
-    REGISTER,
-    at,
-    flat,
-    lanes,
-    load_part,
-    load_row,
-    load_tile,
-    out_of_line,
-    outer,
-    store,
-    store_tile,
-    turn,
-    zero_tile,
-)
+from .registers import REGISTER
+from .simd import at, flat, lanes, load_part, out_of_line, store
+from .tile import load_row, load_tile, outer, store_tile, turn, zero_tile
 
 # The registers of AVX-512 and NEON (32) and of AVX2 (16) hold these tiles and one row and column besides.
 ROWS, VECTORS = {64: (8, 2), 32: (6, 2), 16: (6, 4)}[REGISTER]

@@ -10,21 +10,12 @@ import numpy as np
 
 from .jit import kernel
 from .public import check_dtypes, output, public, refuse
-from .simd import (
-    REGISTER,
-    at,
+from .registers import REGISTER
+from .simd import at, first_lanes, lanes, load, load_part, out_of_line, select, splat, store, store_part
+from .tile import (
     dot_tile,
-    first_lanes,
-    lanes,
-    load,
-    load_part,
     load_tile,
-    out_of_line,
-    select,
-    splat,
     splat_tile,
-    store,
-    store_part,
     store_sums,
     store_tile,
     tile_add,

@@ -12,7 +12,8 @@ from numba.extending import overload
 
 from .jit import kernel
 from .public import public
-from .simd import lanes, load_part, out_of_line, store_part, turn_part
+from .simd import lanes, load_part, out_of_line, store_part
+from .tile import turn_part
 
 
 def images(n, c, h, w, dtype):

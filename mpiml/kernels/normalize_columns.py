@@ -7,24 +7,8 @@ not come out even, the last vector begins earlier and overlaps the one before. S
 import numpy as np
 
 from .jit import kernel
-from .simd import (
-    dot_tile,
-    first_lanes,
-    fma,
-    lanes,
-    load,
-    load_part,
-    load_tile,
-    out_of_line,
-    reduce_add,
-    select,
-    splat,
-    store,
-    store_part,
-    store_tile,
-    tile_fma,
-    tile_subtract,
-)
+from .simd import first_lanes, fma, lanes, load, load_part, out_of_line, reduce_add, select, splat, store, store_part
+from .tile import dot_tile, load_tile, store_tile, tile_fma, tile_subtract
 
 ROWS = 8  # of which means are taken at once
 TILE = 4  # rows of anything else

@@ -18,8 +18,8 @@ normal        4.9      3.1      density times a polynomial in (a - c) / (a + c),
 from llvmlite import ir
 from numba.extending import intrinsic, register_jitable
 
-from .simd import Vector, copysign, exponent, fabs, fma, maximum, minimum, power_of_two, rint, select
-from .simd import _call as vector_call
+from .registers import Vector, emit_call
+from .simd import copysign, exponent, fabs, fma, maximum, minimum, power_of_two, rint, select
 
 # Constants and coefficients (highest power first) by the bits of a float.
 _NUMBERS = {
@@ -93,7 +93,7 @@ def polynomial(typing, x, name):
         def code(context, builder, signature, args):
             value = _constant(x, first)
             for coefficient in others:
-                value = vector_call(builder, "fma", x, value, args[0], _constant(x, coefficient))
+                value = emit_call(builder, "fma", x, value, args[0], _constant(x, coefficient))
             return value
 
         return x(x, name), code

@@ -10,21 +10,8 @@ from .conv import out_size
 from .jit import kernel
 from .layout import images, innermost, is_batch_innermost
 from .public import check_dtypes, public, refuse
-from .simd import (
-    lanes,
-    load_part,
-    load_row,
-    load_whole,
-    out_of_line,
-    select,
-    splat,
-    store_part,
-    store_tile,
-    store_whole,
-    tile_add,
-    tile_multiply,
-    zero_tile,
-)
+from .simd import lanes, load_part, load_whole, out_of_line, select, splat, store_part, store_whole
+from .tile import load_row, store_tile, tile_add, tile_multiply, zero_tile
 
 PIXELS = 1 << 24  # in an image: so many whole numbers has float32
 

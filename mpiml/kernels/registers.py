@@ -1,0 +1,151 @@
+"""Vector registers as a type of numba's, and what instructions on them are made of.
+
+:class:`Vector` is numba's type for a register of floats, :class:`Mask` for one truth value a lane. The ``emit_``
+functions write LLVM's intermediate language; :mod:`mpiml.kernels.simd` and :mod:`mpiml.kernels.tile` make of them the
+instructions that kernels use.
+"""
+
+import llvmlite.binding as llvm
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils, config
+from numba.extending import models, register_model
+
+INT = ir.IntType(32)
+
+
+def _register_bytes():
+    """Width of this CPU's widest vector registers in bytes: which ones does LLVM take for 64 bytes?"""
+    llvm.initialize_native_target()
+    llvm.initialize_native_asmprinter()
+    cpu = config.CPU_NAME or llvm.get_host_cpu_name()
+    features = config.CPU_FEATURES
+    if features is None:
+        features = "" if config.CPU_NAME else llvm.get_host_cpu_features().flatten()
+    machine = llvm.Target.from_default_triple().create_target_machine(cpu=cpu, features=features)
+    assembly = machine.emit_assembly(llvm.parse_assembly("""
+        define void @probe(ptr %p) {
+            %x = load <16 x float>, ptr %p
+            %y = fadd <16 x float> %x, %x
+            store <16 x float> %y, ptr %p
+            ret void
+        }"""))
+    return 64 if "zmm" in assembly else 32 if "ymm" in assembly else 16
+
+
+REGISTER = _register_bytes()
+
+
+class Vector(types.Type):
+    """Numba's type for a register of floats."""
+
+    def __init__(self, dtype):
+        self.dtype = dtype
+        self.lanes = REGISTER * 8 // dtype.bitwidth
+        super().__init__(f"Vector({dtype}, {self.lanes})")
+
+
+class Mask(types.Type):
+    """One truth value a lane."""
+
+    def __init__(self, lanes):
+        self.lanes = lanes
+        super().__init__(f"Mask({lanes})")
+
+
+def llvm_float(dtype):
+    return ir.FloatType() if dtype == types.float32 else ir.DoubleType()
+
+
+def llvm_vector(vector):
+    return ir.VectorType(llvm_float(vector.dtype), vector.lanes)
+
+
+@register_model(Vector)
+class _VectorModel(models.PrimitiveModel):
+    def __init__(self, manager, kind):
+        super().__init__(manager, kind, llvm_vector(kind))
+
+
+@register_model(Mask)
+class _MaskModel(models.PrimitiveModel):
+    def __init__(self, manager, kind):
+        super().__init__(manager, kind, ir.VectorType(ir.IntType(1), kind.lanes))
+
+
+# --- What instructions are made of ------------------------------------------------------------------
+
+def emit_call(builder, name, kind, *args):
+    """LLVM's function ``name`` for vectors of a kind, whose arguments are all of that kind."""
+    suffix = f"v{kind.lanes}f{kind.dtype.bitwidth}"
+    function = cgutils.get_or_insert_function(
+        builder.module, ir.FunctionType(llvm_vector(kind), [a.type for a in args]), f"llvm.{name}.{suffix}")
+    return builder.call(function, args)
+
+
+def emit_pointer(context, builder, array, value, position, dtype=None):
+    """Address of an array's element by its flat position; with ``dtype`` of a vector there."""
+    data = context.make_array(array)(context, builder, value).data
+    address = builder.gep(data, [position])
+    return builder.bitcast(address, llvm_vector(dtype).as_pointer()) if dtype else address
+
+
+def emit_moved(builder, position, elements):
+    return builder.add(position, ir.Constant(position.type, elements)) if elements else position
+
+
+def emit_splat(builder, kind, value):
+    llvm_kind = ir.VectorType(value.type, kind.lanes)
+    one = builder.insert_element(ir.Constant(llvm_kind, ir.Undefined), value, ir.Constant(INT, 0))
+    zeros = ir.Constant(ir.VectorType(INT, kind.lanes), [0] * kind.lanes)
+    return builder.shuffle_vector(one, ir.Constant(llvm_kind, ir.Undefined), zeros)
+
+
+def emit_first(builder, kind, count):
+    """The mask of the first ``count`` lanes."""
+    numbers = ir.Constant(ir.VectorType(count.type, kind.lanes), list(range(kind.lanes)))
+    return builder.icmp_signed("<", numbers, emit_splat(builder, kind, count))
+
+
+def emit_load(builder, kind, address, count=None):
+    if count is None:
+        return builder.load(address, align=kind.dtype.bitwidth // 8)
+    vector = llvm_vector(kind)
+    mask = emit_first(builder, kind, count)
+    function = cgutils.get_or_insert_function(
+        builder.module, ir.FunctionType(vector, [address.type, INT, mask.type, vector]),
+        f"llvm.masked.load.v{kind.lanes}f{kind.dtype.bitwidth}.p0")
+    align = ir.Constant(INT, kind.dtype.bitwidth // 8)
+    return builder.call(function, [address, align, mask, ir.Constant(vector, None)])
+
+
+def emit_store(builder, kind, value, address, count=None):
+    if count is None:
+        builder.store(value, address, align=kind.dtype.bitwidth // 8)
+        return
+    mask = emit_first(builder, kind, count)
+    function = cgutils.get_or_insert_function(
+        builder.module, ir.FunctionType(ir.VoidType(), [value.type, address.type, INT, mask.type]),
+        f"llvm.masked.store.v{kind.lanes}f{kind.dtype.bitwidth}.p0")
+    builder.call(function, [value, address, ir.Constant(INT, kind.dtype.bitwidth // 8), mask])
+
+
+def emit_counts(builder, count, given, kind, vectors):
+    """How many of a row's ``count`` elements each of its vectors holds; None, where it is ``given`` as None, for all."""
+    return [None if given is types.none else emit_moved(builder, count, -j * kind.lanes) for j in range(vectors)]
+
+
+def optional(count):
+    return types.none if count is types.none else types.intp
+
+
+def emit_reduce(builder, kind, v, combine):
+    # Halves, quarters, ...: a tree of fixed shape.
+    size = kind.lanes
+    while size > 1:
+        size //= 2
+        undefined = ir.Constant(v.type, ir.Undefined)
+        low, high = (builder.shuffle_vector(v, undefined, ir.Constant(
+            ir.VectorType(INT, size), list(range(start, start + size)))) for start in (0, size))
+        v = combine(low, high)
+    return builder.extract_element(v, ir.Constant(INT, 0))

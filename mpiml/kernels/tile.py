@@ -1,0 +1,296 @@
+"""Tiles: as many registers as a kernel works on at once.
+
+A *row* is a tuple of vectors side by side; a *tile* is a tuple of rows, which the compiler keeps in registers: the
+accumulators of a matrix product, say. A square of lanes x lanes elements can be turned round in registers, and so the
+layout of an array changed at the speed of memory. Positions and strides are in elements, as in :mod:`mpiml.kernels.simd`.
+"""
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from .registers import (
+    INT,
+    Vector,
+    emit_call,
+    emit_counts,
+    emit_load,
+    emit_moved,
+    emit_pointer,
+    emit_reduce,
+    emit_splat,
+    emit_store,
+    llvm_vector,
+    optional,
+)
+
+
+@intrinsic(prefer_literal=True)
+def load_row(typing, a, i, count, vectors):
+    """``vectors`` vectors side by side from position ``i`` of ``a``; of these ``count`` elements, None for all."""
+    kind, n = Vector(a.dtype), vectors.literal_value
+    row = types.UniTuple(kind, n)
+
+    def code(context, builder, signature, args):
+        counts = emit_counts(builder, args[2], count, kind, n)
+        return context.make_tuple(builder, row, [
+            emit_load(builder, kind, emit_pointer(context, builder, a, args[0], emit_moved(builder, args[1], j * kind.lanes),
+                                                  kind),
+                  counts[j]) for j in range(n)])
+
+    return row(a, types.intp, optional(count), vectors), code
+
+
+@intrinsic(prefer_literal=True)
+def zero_tile(typing, a, size):
+    """A tile of ``size`` vectors of the dtype of the array ``a``, all 0."""
+    kind = Vector(a.dtype)
+    tile = types.UniTuple(kind, size.literal_value)
+
+    def code(context, builder, signature, args):
+        return context.make_tuple(builder, tile, [ir.Constant(llvm_vector(kind), None)] * len(tile))
+
+    return tile(a, size), code
+
+
+@intrinsic
+def outer(typing, tile, a, i, stride, row):
+    """``tile + column * row``: the step of a matrix product, one fma for each of the tile's vectors.
+
+    The column's elements lie in the array ``a`` at positions i, i + stride, ...
+    """
+    kind, width = row.dtype, len(row)
+
+    def code(context, builder, signature, args):
+        vectors, rows = cgutils.unpack_tuple(builder, args[4]), cgutils.unpack_tuple(builder, args[0])
+        first, result = emit_pointer(context, builder, a, args[1], args[2]), []
+        for m in range(len(rows) // width):
+            step = builder.mul(args[3], ir.Constant(args[3].type, m))  # the same at each call in a loop: computed before it
+            x = emit_splat(builder, kind, builder.load(builder.gep(first, [step])))
+            result += [emit_call(builder, "fma", kind, x, v, rows[m * width + j]) for j, v in enumerate(vectors)]
+        return context.make_tuple(builder, tile, result)
+
+    return tile(tile, a, types.intp, types.intp, row), code
+
+
+@intrinsic(prefer_literal=True)
+def load_tile(typing, a, i, stride, count, size, vectors):
+    """A tile of ``size`` vectors in rows of ``vectors``, which lie in ``a`` at positions i, i + stride, ..."""
+    kind, width = Vector(a.dtype), vectors.literal_value
+    tile = types.UniTuple(kind, size.literal_value)
+
+    def code(context, builder, signature, args):
+        counts = emit_counts(builder, args[3], count, kind, width)
+        position, result = args[1], []
+        for _ in range(len(tile) // width):
+            result += [emit_load(builder, kind, emit_pointer(
+                context, builder, a, args[0], emit_moved(builder, position, j * kind.lanes), kind), counts[j])
+                for j in range(width)]
+            position = builder.add(position, args[2])
+        return context.make_tuple(builder, tile, result)
+
+    return tile(a, types.intp, types.intp, optional(count), size, vectors), code
+
+
+@intrinsic(prefer_literal=True)
+def store_tile(typing, tile, a, i, stride, count, vectors):
+    """Write a tile, in rows of ``vectors``, to positions i, i + stride, ... of ``a``; of each row ``count`` elements."""
+    kind, width = tile.dtype, vectors.literal_value
+
+    def code(context, builder, signature, args):
+        counts = emit_counts(builder, args[4], count, kind, width)
+        values = cgutils.unpack_tuple(builder, args[0])
+        position = args[2]
+        for m in range(len(tile) // width):
+            for j in range(width):
+                emit_store(builder, kind, values[m * width + j],
+                           emit_pointer(context, builder, a, args[1], emit_moved(builder, position, j * kind.lanes), kind),
+                           counts[j])
+            position = builder.add(position, args[3])
+        return context.get_dummy_value()
+
+    return types.none(tile, a, types.intp, types.intp, optional(count), vectors), code
+
+
+@intrinsic(prefer_literal=True)
+def lanewise(typing, tile, a, i, a_row, b, j, b_row, count, width):
+    """``tile + a * b`` lane by lane: the step of a matrix of dot products, each of them over the lanes of a vector.
+
+    The rows of the tile belong to the vectors of ``a`` at positions i, i + a_row, ..., its ``width`` columns to those
+    of ``b`` at j, j + b_row, ...; ``count`` elements of each vector take part.
+    """
+    kind, columns = tile.dtype, width.literal_value
+
+    def vectors(context, builder, array, value, position, stride, n, part):
+        result = []
+        for _ in range(n):
+            result.append(emit_load(builder, kind, emit_pointer(context, builder, array, value, position, kind), part))
+            position = builder.add(position, stride)
+        return result
+
+    def code(context, builder, signature, args):
+        acc = cgutils.unpack_tuple(builder, args[0])
+        part = None if count is types.none else args[7]
+        left = vectors(context, builder, a, *args[1:4], len(acc) // columns, part)
+        right = vectors(context, builder, b, *args[4:7], columns, part)
+        return context.make_tuple(builder, tile, [
+            emit_call(builder, "fma", kind, x, y, acc[m * columns + k])
+            for m, x in enumerate(left) for k, y in enumerate(right)])
+
+    return tile(tile, a, types.intp, types.intp, b, types.intp, types.intp, optional(count), width), code
+
+
+@intrinsic
+def at_least(typing, tile, low):
+    """The tile, with each element below its lane of ``low`` raised to that; NaN stays NaN."""
+    def code(context, builder, signature, args):
+        return context.make_tuple(builder, tile, [
+            builder.select(builder.fcmp_ordered(">", args[1], v), args[1], v) for v in cgutils.unpack_tuple(builder, args[0])])
+
+    return tile(tile, low), code
+
+
+def _turned(builder, kind, rows):
+    """The columns of the square of vectors ``rows``."""
+    lanes, half = kind.lanes, 1
+    rows = list(rows)
+    while half < lanes:
+        upper = [m if not m & half else lanes + m - half for m in range(lanes)]
+        lower = [m + half if not m & half else lanes + m for m in range(lanes)]
+        for m in range(lanes):
+            if not m & half:
+                pair = rows[m], rows[m + half]
+                rows[m], rows[m + half] = (builder.shuffle_vector(*pair, ir.Constant(
+                    ir.VectorType(INT, lanes), order)) for order in (upper, lower))
+        half *= 2
+    return rows
+
+
+@intrinsic
+def turn(typing, a, i, a_row, b, j, b_row):
+    """Transpose a square of lanes x lanes elements: its rows lie in ``a`` from i, in ``b`` from j, ``_row`` apart.
+
+    Each of log2(lanes) rounds exchanges the off-diagonal quarters of blocks of twice the size.
+    """
+    kind = Vector(a.dtype)
+    lanes = kind.lanes
+
+    def code(context, builder, signature, args):
+        rows, position = [], args[1]
+        for _ in range(lanes):
+            rows.append(emit_load(builder, kind, emit_pointer(context, builder, a, args[0], position, kind)))
+            position = builder.add(position, args[2])
+        rows = _turned(builder, kind, rows)
+        position = args[4]
+        for row in rows:
+            emit_store(builder, kind, row, emit_pointer(context, builder, b, args[3], position, kind))
+            position = builder.add(position, args[5])
+        return context.get_dummy_value()
+
+    return types.none(a, types.intp, types.intp, b, types.intp, types.intp), code
+
+
+@intrinsic
+def turn_part(typing, a, i, a_row, b, j, b_row, rows, columns):
+    """Transpose ``rows`` x ``columns`` elements, at most lanes of either; as :func:`turn` otherwise."""
+    kind = Vector(a.dtype)
+
+    def code(context, builder, signature, args):
+        def part(m, inside, along):
+            # No lane at all of a row that is not there.
+            present = builder.icmp_signed("<", ir.Constant(inside.type, m), inside)
+            return builder.select(present, along, ir.Constant(along.type, 0))
+
+        vectors, position = [], args[1]
+        for m in range(kind.lanes):
+            vectors.append(emit_load(builder, kind, emit_pointer(context, builder, a, args[0], position, kind),
+                                 part(m, args[6], args[7])))
+            position = builder.add(position, args[2])
+        position = args[4]
+        for m, vector in enumerate(_turned(builder, kind, vectors)):
+            emit_store(builder, kind, vector, emit_pointer(context, builder, b, args[3], position, kind),
+                       part(m, args[7], args[6]))
+            position = builder.add(position, args[5])
+        return context.get_dummy_value()
+
+    return types.none(a, types.intp, types.intp, b, types.intp, types.intp, types.intp, types.intp), code
+
+
+# --- Arithmetic on tiles --------------------------------------------------------------------------------------
+
+def _tilewise(name, arguments, build):
+    """An instruction on ``arguments`` tiles of one size, vector by vector; a Vector in place of a tile serves all of it."""
+    def make(*kinds):
+        tiles = [kind for kind in kinds if isinstance(kind, types.UniTuple) and isinstance(kind.dtype, Vector)]
+        if not tiles or not all(kind in (tiles[0], tiles[0].dtype) for kind in kinds):
+            return None
+        tile = tiles[0]
+
+        def code(context, builder, signature, args):
+            operands = [cgutils.unpack_tuple(builder, a) if kind == tile else [a] * len(tile)
+                        for a, kind in zip(args, kinds, strict=True)]
+            vectors = [build(builder, tile.dtype, *each) for each in zip(*operands, strict=True)]
+            return context.make_tuple(builder, tile, vectors)
+
+        return tile(*kinds), code
+
+    if arguments == 2:
+        def typed(typing, a, b):
+            return make(a, b)
+    else:
+        def typed(typing, a, b, c):
+            return make(a, b, c)
+    typed.__name__ = typed.__qualname__ = name
+    return intrinsic(typed)
+
+
+tile_add = _tilewise("tile_add", 2, lambda builder, kind, a, b: builder.fadd(a, b))
+tile_subtract = _tilewise("tile_subtract", 2, lambda builder, kind, a, b: builder.fsub(a, b))
+tile_multiply = _tilewise("tile_multiply", 2, lambda builder, kind, a, b: builder.fmul(a, b))
+tile_fma = _tilewise("tile_fma", 3, lambda builder, kind, a, b, c: emit_call(builder, "fma", kind, a, b, c))
+tile_fma.__doc__ = "a * b + c, rounded once."
+
+
+@intrinsic(prefer_literal=True)
+def splat_tile(typing, a, i, stride, size):
+    """A tile of ``size`` vectors: the elements of ``a`` at positions i, i + stride, ..., each in all lanes of one."""
+    kind = Vector(a.dtype)
+    tile = types.UniTuple(kind, size.literal_value)
+
+    def code(context, builder, signature, args):
+        position, result = args[1], []
+        for _ in range(len(tile)):
+            result.append(emit_splat(builder, kind, builder.load(emit_pointer(context, builder, a, args[0], position))))
+            position = builder.add(position, args[2])
+        return context.make_tuple(builder, tile, result)
+
+    return tile(a, types.intp, types.intp, size), code
+
+
+@intrinsic
+def dot_tile(typing, a, b, v):
+    """``v`` plus the products of the vectors of the tiles ``a`` and ``b``, one fma each, in order; ``b`` may be a Vector."""
+    if not isinstance(v, Vector) or b not in (a, v):
+        return None
+
+    def code(context, builder, signature, args):
+        result, tile = args[2], cgutils.unpack_tuple(builder, args[0])
+        others = cgutils.unpack_tuple(builder, args[1]) if b == a else [args[1]] * len(tile)
+        for x, y in zip(tile, others, strict=True):
+            result = emit_call(builder, "fma", v, x, y, result)
+        return result
+
+    return v(a, b, v), code
+
+
+@intrinsic
+def store_sums(typing, tile, a, i):
+    """Write the sum of the lanes of each of a tile's vectors to the positions from ``i`` of ``a``."""
+    def code(context, builder, signature, args):
+        for m, vector in enumerate(cgutils.unpack_tuple(builder, args[0])):
+            total = emit_reduce(builder, tile.dtype, vector, builder.fadd)
+            builder.store(total, emit_pointer(context, builder, a, args[1], emit_moved(builder, args[2], m)))
+        return context.get_dummy_value()
+
+    return types.none(tile, a, types.intp), code
