@@ -188,3 +188,21 @@ def test_from_compiled_code():
     x, labels = np.random.default_rng(0).standard_normal((7, 5)), np.array([0, 1, 2, 3, 4, 0, 1])
     for ours, expected in zip(step(x, labels), step.py_func(x, labels), strict=True):
         np.testing.assert_array_equal(ours, expected)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("shape", [(1, 1), (5, 10), (3, 4, 65), (7, 16), (2, 1000), (0, 3)])
+def test_logsumexp_against_its_definition(shape, dtype):
+    rng = np.random.default_rng(0)
+    x = (30 * rng.standard_normal(shape)).astype(dtype)
+    y = k.logsumexp(x)
+    top = x.astype(float).max(axis=-1, keepdims=True, initial=-np.inf)
+    want = np.log(np.exp(x - top).sum(axis=-1)) + top[..., 0]
+    np.testing.assert_allclose(y, want, rtol=1e-6 if dtype == np.float32 else 1e-14)
+    g = rng.standard_normal(y.shape).astype(dtype)
+    np.testing.assert_allclose(k.logsumexp_vjp(g, x, y), np.exp(x - want[..., None]) * g[..., None], rtol=1e-4, atol=1e-6)
+
+
+def test_logsumexp_of_nothing_is_refused():
+    with pytest.raises(ValueError, match="at least one number"):
+        k.logsumexp(np.zeros((3, 0)))

@@ -13,12 +13,12 @@ import math
 
 import numpy as np
 
-from .crossentropy import row_exponentials, row_scale, row_top
 from .gemm import ROWS, VECTORS, _pack, column_of_tiles
 from .jit import kernel
 from .polynomial import exp_of_negative, log, vector_function
 from .public import check_dtypes, public, refuse
 from .simd import fma, lanes, load, load_part, out_of_line, reduce_add, splat, store, store_part
+from .softmax import row_exponentials, row_scale, row_top
 
 QUERIES = 4 * ROWS  # in a block
 KEYS = 256  # in a block; a multiple of a tile's width

@@ -10,6 +10,8 @@ from .gemm import gemm
 from .jit import kernel
 from .public import check_dtypes, output, public, refuse
 
+BLOCK = 128  # rows of a result that get their bias, sum and relu while they are in cache
+
 
 @kernel(exact=True, reads="a b", writes="c")
 def _matmul(a, b, c, add):
@@ -39,16 +41,22 @@ def _linear(x, weight, bias, relu, y):
     rows, outputs = y.shape
     if x.shape[0] != rows or x.shape[1] != weight.shape[1] or weight.shape[0] != outputs or bias.size not in (0, outputs):
         return False
-    if bias.size:
-        for i in range(rows):
-            for j in range(outputs):
-                y[i, j] = bias[j]
-    gemm(x, 0, x.strides[0] // size, x.strides[1] // size, weight, 0, weight.strides[1] // size, weight.strides[0] // size,
-         y, 0, outputs, rows, x.shape[1], outputs, bias.size > 0)  # adds to the bias
-    if relu:
-        for i in range(rows):
-            for j in range(outputs):
-                y[i, j] = y.dtype.type(0) if y[i, j] <= 0 else y[i, j]  # NaN stays
+    x_row, x_column = x.strides[0] // size, x.strides[1] // size
+    side_by_side = np.empty(bias.size, y.dtype)  # of a bias of any stride, so that the loop below is one of vectors
+    for j in range(bias.size):
+        side_by_side[j] = bias[j]
+    for first in range(0, rows, BLOCK):
+        end = min(rows, first + BLOCK)
+        if bias.size:  # where the sums begin
+            for i in range(first, end):
+                for j in range(outputs):
+                    y[i, j] = side_by_side[j]
+        gemm(x, first * x_row, x_row, x_column, weight, 0, weight.strides[1] // size, weight.strides[0] // size,
+             y, first * outputs, outputs, end - first, x.shape[1], outputs, bias.size > 0)
+        if relu:
+            for i in range(first, end):
+                for j in range(outputs):
+                    y[i, j] = y.dtype.type(0) if y[i, j] <= 0 else y[i, j]  # NaN stays
     return True
 
 

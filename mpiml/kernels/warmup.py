@@ -87,6 +87,8 @@ EXAMPLES = {
     "linear_vjp_x": lambda x: k.linear_vjp_x(x(3, 4), x(4, 5)),
     "log": lambda x: k.log(abs(x(3, 5))),
     "log_softmax": lambda x: k.log_softmax(x(3, 5)),
+    "logsumexp": lambda x: k.logsumexp(x(3, 5)),
+    "logsumexp_vjp": lambda x: k.logsumexp_vjp(x(3), x(3, 5), x(3)),
     "log_softmax_vjp": lambda x: k.log_softmax_vjp(x(3, 5), x(3, 5)),
     "log_vjp": lambda x: k.log_vjp(x(3, 5), x(3, 5)),
     "matmul": lambda x: k.matmul(x(2, 3, 4), x(2, 4, 5)),

@@ -1,0 +1,252 @@
+"""Softmax over the last axis, its logarithm, and the logarithm of its denominator.
+
+exp(x) / sum(exp(x)) is computed as exp(x - top) / sum(exp(x - top)) with the largest ``x`` of the row as ``top``, so
+nothing overflows. A row is read in vectors, the last of them masked; its sum depends on the row alone.
+"""
+
+import numpy as np
+
+from .jit import kernel
+from .polynomial import exp_of_negative, log, vector_function
+from .public import check_dtypes, output, public, refuse
+from .simd import first_lanes, fma, lanes, load, load_part, maximum, reduce_add, reduce_max, select, splat, store, store_part
+
+_NOTHING = -np.inf  # what the lanes behind the end of a row hold: exp of it is 0
+
+
+# --- A row of n elements from flat position i -----------------------------------------------------------------
+
+@vector_function
+def row_top(x, i, n):
+    """The largest element."""
+    step = lanes(x)
+    a = b = splat(x.dtype.type(_NOTHING))
+    whole = n - n % step
+    even = whole - whole % (2 * step)
+    for j in range(i, i + even, 2 * step):
+        a = maximum(load(x, j), a)
+        b = maximum(load(x, j + step), b)
+    if even < whole:
+        a = maximum(load(x, i + even), a)
+    if whole < n:
+        b = maximum(select(first_lanes(b, n - whole), load_part(x, i + whole, n - whole), b), b)
+    return reduce_max(maximum(a, b))
+
+
+@vector_function
+def row_exponentials(x, i, n, top, y, k):
+    """Write exp(x - top) to ``y`` from position k; return the sum."""
+    step = lanes(x)
+    tops = splat(top)
+    a = b = splat(x.dtype.type(0))
+    whole = n - n % step
+    even = whole - whole % (2 * step)
+    for j in range(0, even, 2 * step):
+        left, right = exp_of_negative(load(x, i + j) - tops), exp_of_negative(load(x, i + j + step) - tops)
+        store(y, k + j, left)
+        store(y, k + j + step, right)
+        a, b = a + left, b + right
+    if even < whole:
+        left = exp_of_negative(load(x, i + even) - tops)
+        store(y, k + even, left)
+        a = a + left
+    if whole < n:
+        right = exp_of_negative(load_part(x, i + whole, n - whole) - tops)
+        store_part(y, k + whole, right, n - whole)
+        b = b + select(first_lanes(b, n - whole), right, splat(x.dtype.type(0)))
+    return reduce_add(a + b)
+
+
+@vector_function
+def row_scale(y, i, n, scale):
+    """Multiply by a number."""
+    step = lanes(y)
+    whole = n - n % step
+    for j in range(i, i + whole, step):
+        store(y, j, load(y, j) * splat(scale))
+    if whole < n:
+        store_part(y, i + whole, load_part(y, i + whole, n - whole) * splat(scale), n - whole)
+
+
+# One row takes its time: a maximum, then the sum of exponentials that depend on it, then a division. So this is done for
+# several rows at once, step by step, which keeps the core busy.
+BLOCK = 16
+
+
+@kernel(exact=True)
+def block_exponentials(x, y, first, rows, n, tops, totals):
+    """exp(x - top) of some rows, with the rows' tops and the sums."""
+    for i in range(rows):
+        tops[i] = row_top(x, (first + i) * n, n)
+    for i in range(rows):
+        totals[i] = row_exponentials(x, (first + i) * n, n, tops[i], y, (first + i) * n)
+
+
+@vector_function
+def block_rows(n):
+    """How many rows are done at once: no more than fit into the first cache."""
+    return max(1, min(BLOCK, 2048 // n))
+
+
+@vector_function
+def log_totals(totals):
+    for i in range(0, totals.size, lanes(totals)):
+        store(totals, i, log(load(totals, i)))
+
+
+# --- Softmax --------------------------------------------------------------------------------------------------
+
+@kernel(exact=True, reads="x", writes="y")
+def _softmax(x, y):
+    rows, n = x.shape
+    tops, totals = np.ones(BLOCK, x.dtype), np.ones(BLOCK, x.dtype)
+    block = block_rows(n)
+    for first in range(0, rows, block):
+        m = min(block, rows - first)
+        block_exponentials(x, y, first, m, n, tops, totals)
+        for i in range(m):
+            row_scale(y, (first + i) * n, n, x.dtype.type(1) / totals[i])
+
+
+@kernel(exact=True, reads="x", writes="y")
+def _log_softmax(x, y):
+    rows, n = x.shape
+    step = lanes(x)
+    whole = n - n % step
+    tops, totals = np.ones(BLOCK, x.dtype), np.ones(BLOCK, x.dtype)
+    block = block_rows(n)
+    for first in range(0, rows, block):
+        m = min(block, rows - first)
+        block_exponentials(x, y, first, m, n, tops, totals)
+        log_totals(totals)
+        for i in range(m):
+            at = (first + i) * n
+            top, log_total = splat(tops[i]), splat(totals[i])
+            for j in range(at, at + whole, step):
+                store(y, j, load(x, j) - top - log_total)
+            if whole < n:
+                store_part(y, at + whole, load_part(x, at + whole, n - whole) - top - log_total, n - whole)
+
+
+@vector_function
+def _softmax_slope(g, y, total):
+    return y * (g - total)
+
+
+@vector_function
+def _log_softmax_slope(g, y, total):
+    return g - exp_of_negative(y) * total
+
+
+def _make_vjp(slope, weighted):
+    """The kernel of a vjp: ``slope`` of g, y and the row's sum of g, or of g * y where it is ``weighted``."""
+    @kernel(exact=True, reads="g y", writes="out")
+    def vjp(g, y, out):
+        rows, n = g.shape
+        step = lanes(g)
+        whole = n - n % step
+        left = n - whole
+        for i in range(rows):
+            at = i * n
+            last_g, last_y = load_part(g, at + whole, left), load_part(y, at + whole, left)
+            total = last_g * last_y if weighted else last_g
+            for j in range(at, at + whole, step):
+                total = fma(load(g, j), load(y, j), total) if weighted else total + load(g, j)
+            sums = splat(reduce_add(total))
+            for j in range(at, at + whole, step):
+                store(out, j, slope(load(g, j), load(y, j), sums))
+            store_part(out, at + whole, slope(last_g, last_y, sums), left)
+
+    return vjp
+
+
+_softmax_vjp, _log_softmax_vjp = _make_vjp(_softmax_slope, True), _make_vjp(_log_softmax_slope, False)
+
+
+@public
+def _by_rows(run, name, x, out):
+    check_dtypes(name, x)
+    y = output(out, x.shape, x.dtype)
+    if x.size:
+        n = x.shape[-1]
+        whole = np.ascontiguousarray(y)
+        run(np.ascontiguousarray(x).reshape((-1, n)), whole.reshape((-1, n)))
+        if out is not None:
+            y[...] = whole
+    return y
+
+
+@public
+def _by_rows_vjp(run, name, g, y, out):
+    check_dtypes(name, g, y)
+    if g.shape != y.shape:
+        refuse("a gradient of shape {} for a result of shape {}", g.shape, y.shape)
+    result = output(out, g.shape, g.dtype)
+    if g.size:
+        n = g.shape[-1]
+        whole = np.ascontiguousarray(result)
+        run(np.ascontiguousarray(g).reshape((-1, n)), np.ascontiguousarray(y).reshape((-1, n)), whole.reshape((-1, n)))
+        if out is not None:
+            result[...] = whole
+    return result
+
+
+@public
+def softmax(x, out=None):
+    """exp(x) / sum(exp(x)) over the last axis of ``x`` (..., classes), float32 or float64, without overflow."""
+    return _by_rows(_softmax, "softmax", x, out)
+
+
+@public
+def softmax_vjp(g, y, out=None):
+    """Gradient for x of ``y = softmax(x)``."""
+    return _by_rows_vjp(_softmax_vjp, "softmax_vjp", g, y, out)
+
+
+@public
+def log_softmax(x, out=None):
+    """x - log(sum(exp(x))) over the last axis of ``x`` (..., classes), float32 or float64, without overflow."""
+    return _by_rows(_log_softmax, "log_softmax", x, out)
+
+
+@public
+def log_softmax_vjp(g, y, out=None):
+    """Gradient for x of ``y = log_softmax(x)``."""
+    return _by_rows_vjp(_log_softmax_vjp, "log_softmax_vjp", g, y, out)
+
+
+@kernel(exact=True, reads="x")
+def _log_sum_exp(x, y):
+    rows, n = x.shape
+    tops, totals = np.ones(BLOCK, x.dtype), np.ones(BLOCK, x.dtype)
+    scratch = np.empty((1, n), x.dtype)
+    block = block_rows(n)
+    for first in range(0, rows, block):
+        m = min(block, rows - first)
+        for i in range(m):
+            tops[i] = row_top(x, (first + i) * n, n)
+            totals[i] = row_exponentials(x, (first + i) * n, n, tops[i], scratch, 0)
+        log_totals(totals)
+        for i in range(m):
+            y[first + i] = tops[i] + totals[i]
+
+
+@public
+def logsumexp(x):
+    """log(sum(exp(x))) over the last axis of ``x`` (..., n), float32 or float64, without overflow: an array (...)."""
+    check_dtypes("logsumexp", x)
+    if x.shape[-1] == 0:
+        refuse("logsumexp takes at least one number in each row, not an input of shape {}", x.shape)
+    y = np.empty(x.shape[:-1], x.dtype)
+    if x.size:
+        _log_sum_exp(np.ascontiguousarray(x).reshape((-1, x.shape[-1])), y.reshape(-1))
+    return y
+
+
+@public
+def logsumexp_vjp(g, x, y):
+    """Gradient for x of ``y = logsumexp(x)``: softmax(x), weighted with ``g`` (...)."""
+    check_dtypes("logsumexp_vjp", g, x, y)
+    if g.shape != y.shape or x.shape[:-1] != y.shape:
+        refuse("gradients of shape {} for results of shape {} of an input of shape {}", g.shape, y.shape, x.shape)
+    return softmax(x) * g[..., None]
