@@ -35,7 +35,7 @@ FAULTS = {
     "shape": r"ValueError: linear takes 5 features \(weight \(10, 5\)\), but the input of shape \(4, 4\) has 4",
     "forward": r"LookupError: this stage cannot go on",
     "backward": r"LookupError: this stage cannot go back",
-    "dtype": r"TypeError: linear got an input of float64 and a weight of float32: convert the input with",
+    "dtype": r"TypeError: linear got arrays of float64 and float32: convert the first with \.astype\(np\.float32\)",
 }
 
 

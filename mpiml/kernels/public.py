@@ -54,7 +54,8 @@ def check_dtypes(name, x, *others):
         raise TypeError(f"{name} takes float32 or float64, not {dtype}: convert it with .astype(np.float32)")
     for other in others:
         if other is not None and other.dtype != dtype:
-            raise TypeError(f"{name} got arrays of {dtype} and {other.dtype}: convert one of them with .astype(np.{dtype})")
+            raise TypeError(f"{name} got arrays of {dtype} and {other.dtype}: convert the first with "
+                            f".astype(np.{other.dtype}), or the other")
 
 
 @overload(check_dtypes)
