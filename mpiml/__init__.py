@@ -13,9 +13,10 @@ mpiml.parallel       Grid, place, gradient, predict: the only part that starts M
 ===================  ==================================================================
 """
 
-from . import cores
+from . import cores, memory
 
 cores.share_cores()  # before NumPy loads
+memory.keep_freed_memory()
 
 from . import data, kernels, nn, ops, optim  # noqa: E402
 from .tensor import Tensor, op  # noqa: E402
