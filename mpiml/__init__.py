@@ -5,7 +5,7 @@ mpiml.kernels        numba kernels: plain arrays in, plain arrays out
 mpiml.tensor         Tensor, op, backward: reverse-mode differentiation
 mpiml.ops            the derivative table: relu, conv2d, cross_entropy, ...
 mpiml.nn             layers and the combinators that build a model
-mpiml.optim          SGD, Adam, AdamW and learning-rate schedules on flat vectors
+mpiml.optim          SGD, Adam, AdamW, LARS, LAMB and learning-rate schedules on flat vectors
 mpiml.data           readers and batches
 mpiml.save           weights to and from safetensors
 mpiml.schedule       pipeline schedules: lists, simulated and drawn

@@ -51,7 +51,7 @@ class Tensor:
 
     def __init__(self, value):
         value = np.asarray(value)
-        if value.dtype is not FLOATS[0] and value.dtype not in FLOATS:
+        if value.dtype not in FLOATS:
             raise TypeError(f"a Tensor holds float32 or float64, not {value.dtype}: convert it with "
                             f".astype(np.float32), or leave it a plain array if it needs no gradient")
         self.value = value

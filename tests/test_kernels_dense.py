@@ -100,6 +100,8 @@ def test_nan_and_infinity_go_through():
     (TypeError, "float32 or float64, not int64", lambda z: k.linear(np.zeros((2, 4), np.int64), z(5, 4))),
     (TypeError, "float32 and float64", lambda z: k.linear(z(2, 4), z(5, 4).astype(float))),
     (ValueError, "gradient of shape", lambda z: k.linear_vjp(z(2, 4), z(2, 4), z(5, 4), dx=z(2, 4))),
+    (ValueError, "neither C- nor Fortran-contiguous",
+     lambda z: k.linear_vjp(z(2, 5), z(2, 4), z(5, 4), dweight=z(10, 8)[::2, ::2])),
     (ValueError, r"not \(2, 3, 4\) and \(3, 4, 5\)", lambda z: k.matmul(z(2, 3, 4), z(3, 4, 5))),
     (ValueError, r"not \(3, 4\) and \(4, 5\)", lambda z: k.matmul(z(3, 4), z(4, 5))),
 ])
@@ -124,3 +126,18 @@ def test_in_compiled_code(shape):
     np.testing.assert_array_equal(_two_layers(x, w1, b1, w2), k.linear(k.linear(x, w1, b1, True), w2))
     with pytest.raises(ValueError, match="linear takes"):
         _wrong(x, w2)
+
+
+def test_a_read_only_array_is_never_written():
+    x, w, labels = np.ones((4, 4), np.float32), np.ones((4, 4), np.float32), np.zeros(4, int)
+    out = np.zeros((4, 4), np.float32)
+    out.flags.writeable = False
+    for write in (lambda: k.linear(x, w, out=out), lambda: k.matmul(x[None], w[None], out=out[None]),
+                  lambda: k.linear_vjp(x, x, w, dweight=out), lambda: k.linear_vjp(x, x, w, dx=out),
+                  lambda: k.relu(x, out=out), lambda: k.softmax(x, out=out), lambda: k.layer_norm(x, out=out),
+                  lambda: k.embedding(labels, x, out=out), lambda: k.embedding_vjp(x, labels, 4, out=out),
+                  lambda: k.attention(x[None, None], x[None, None], x[None, None], out=out[None, None]),
+                  lambda: k.sgd(out[0], x[0], np.empty(0, np.float32), 0.1)):
+        with pytest.raises(ValueError, match="read-only"):
+            write()
+    assert not out.any()

@@ -16,7 +16,7 @@ import numpy as np
 from .gemm import ROWS, VECTORS, _pack, column_of_tiles
 from .jit import kernel
 from .polynomial import exp_of_negative, log, vector_function
-from .public import check_dtypes, public, refuse
+from .public import check_dtypes, check_writable, public, refuse
 from .simd import fma, lanes, load, load_part, out_of_line, reduce_add, splat, store, store_part
 from .softmax import row_exponentials, row_scale, row_top
 
@@ -356,6 +356,7 @@ def attention(q, k, v, causal=False, lengths=None, mask=None, scale=None, out=No
     valid, bias = _valid(lengths, q4.shape[0], k4.shape[2]), _bias(mask, q4.shape[0], k4.shape[2], q.dtype)
     shape = q.shape[:-1] + (v.shape[-1],)
     if out is not None:
+        check_writable(out)
         if out.shape != shape or out.dtype != q.dtype or (
                 out.strides[out.ndim - 1] != out.itemsize and shape[-1] != 1):
             refuse("out has shape {} and strides {}, the result shape {} and a contiguous last axis",

@@ -11,7 +11,7 @@ from numba import errors, types
 from numba.extending import intrinsic, overload
 
 from .jit import kernel
-from .public import output, public, refuse
+from .public import contiguous_output, public
 
 _FLOAT16, _FLOAT32, _UINT16 = np.dtype(np.float16), np.dtype(np.float32), np.dtype(np.uint16)
 _16, _32 = ir.IntType(16), ir.IntType(32)
@@ -65,21 +65,13 @@ def _flat(x):
 
 
 @public
-def _result(out, shape, dtype):
-    y = output(out, shape, dtype)
-    if not y.flags.c_contiguous:
-        refuse("a conversion writes to a contiguous out, not to one of shape {} with strides {}", y.shape, y.strides)
-    return y
-
-
-@public
 def to_bfloat16(x, out=None):
     """The bfloat16 nearest to each float32 of ``x``, as bits: an array of uint16 of the same shape.
 
     ``out`` is a contiguous array for the result, here and in the functions below.
     """
     _check("to_bfloat16", x, _FLOAT32)
-    y = _result(out, x.shape, _UINT16)
+    y = contiguous_output(out, x.shape, _UINT16)
     _to_bfloat16(_flat(x), y.reshape(-1))
     return y
 
@@ -88,7 +80,7 @@ def to_bfloat16(x, out=None):
 def from_bfloat16(x, out=None):
     """The float32 that equal the bfloat16 of the bits ``x``, uint16."""
     _check("from_bfloat16", x, _UINT16)
-    y = _result(out, x.shape, _FLOAT32)
+    y = contiguous_output(out, x.shape, _FLOAT32)
     _from_bfloat16(_flat(x), y.reshape(-1))
     return y
 
@@ -97,7 +89,7 @@ def from_bfloat16(x, out=None):
 def to_float16(x, out=None):
     """The float16 nearest to each float32 of ``x``."""
     _check("to_float16", x, _FLOAT32)
-    y = _result(out, x.shape, _FLOAT16)
+    y = contiguous_output(out, x.shape, _FLOAT16)
     _to_float16(_flat(x), y.reshape(-1).view(_UINT16))
     return y
 
@@ -106,6 +98,6 @@ def to_float16(x, out=None):
 def from_float16(x, out=None):
     """The float32 that equal the float16 ``x``."""
     _check("from_float16", x, _FLOAT16)
-    y = _result(out, x.shape, _FLOAT32)
+    y = contiguous_output(out, x.shape, _FLOAT32)
     _from_float16(_flat(x).view(_UINT16), y.reshape(-1))
     return y

@@ -8,7 +8,7 @@ import numpy as np
 
 from .gemm import gemm
 from .jit import kernel
-from .public import check_dtypes, output, public, refuse
+from .public import check_dtypes, check_writable, contiguous_output, output, public, refuse
 
 BLOCK = 128  # rows of a result that get their bias, sum and relu while they are in cache
 
@@ -70,7 +70,9 @@ def _linear_vjp(g, x, weight, y, dx, dweight, dbias, add):
     rows, outputs = g.shape
     inputs = x.shape[1]
     if len(x) != rows or weight.shape != (outputs, inputs) or y.size not in (0, g.size) or dx.size not in (0, x.size) \
-            or (dweight.size != 0 and dweight.shape != weight.shape) or dbias.size not in (0, outputs):
+            or dbias.size not in (0, outputs):
+        return False
+    if dweight.size and (dweight.shape != weight.shape or size not in dweight.strides):
         return False
     if y.size:
         masked = np.empty((rows, outputs), g.dtype)
@@ -132,9 +134,7 @@ def linear(x, weight, bias=None, relu=False, out=None):
     check_dtypes("linear", x, weight, bias)
     if x.ndim == 0:
         refuse("linear takes {} features (weight {}), but the input is a number", weight.shape[1], weight.shape)
-    y = output(out, x.shape[:-1] + (len(weight),), x.dtype)
-    if not y.flags.c_contiguous:
-        refuse("linear writes to a C-contiguous out")
+    y = contiguous_output(out, x.shape[:-1] + (len(weight),), x.dtype)
     b = np.empty(0, x.dtype) if bias is None else bias
     if not _linear(_rows(x), weight, b, relu, _rows(y)):
         if x.shape[-1] != weight.shape[1]:
@@ -161,14 +161,15 @@ def linear_vjp(g, x, weight, y=None, dx=None, dweight=None, dbias=None, add=Fals
     add : bool
         Add to dweight and dbias instead.
     """
+    check_writable(dx, dweight, dbias)
     if dx is not None and not dx.flags.c_contiguous:
         refuse("linear_vjp writes to a C-contiguous dx")
     none = np.empty((0, 0), g.dtype)
     if not _linear_vjp(np.ascontiguousarray(_rows(g)), _rows(x), weight, none if y is None else _rows(y),
                        none if dx is None else _rows(dx), none if dweight is None else dweight,
                        np.empty(0, g.dtype) if dbias is None else dbias, add):
-        refuse("linear_vjp got a gradient of shape {}, an input of shape {} and a weight of shape {}, or places for y, dx, "
-               "dweight and dbias of other shapes", g.shape, x.shape, weight.shape)
+        refuse("linear_vjp got a gradient of shape {}, an input of shape {} and a weight of shape {}, or a y, dx, dweight "
+               "or dbias of another shape, or a dweight neither C- nor Fortran-contiguous", g.shape, x.shape, weight.shape)
 
 
 @public

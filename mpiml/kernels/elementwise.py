@@ -14,7 +14,7 @@ from .polynomial import log as vector_log
 from .polynomial import normal, number, vector_function
 from .polynomial import sigmoid as vector_sigmoid
 from .polynomial import tanh as vector_tanh
-from .public import check_dtypes, public, refuse
+from .public import check_dtypes, check_writable, public, refuse
 from .simd import lanes, load, load_part, select, store, store_part
 
 # --- Arrays in the order of their memory ----------------------------------------------------------------------
@@ -62,6 +62,7 @@ def result_like(x, out):
     """``out``, if it fits, or a new array whose elements lie in memory as those of ``x``."""
     if out is None:
         return np.empty_like(x)
+    check_writable(out)
     if out.shape != x.shape or out.dtype != x.dtype:
         refuse("out has shape {} and dtype {}, the result {} and {}", out.shape, out.dtype, x.shape, x.dtype)
     if line(out) is None:

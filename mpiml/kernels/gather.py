@@ -4,7 +4,7 @@ import numpy as np
 from numba.extending import overload
 
 from .jit import kernel
-from .public import check_dtypes, output, public, refuse
+from .public import check_dtypes, contiguous_output, output, public, refuse
 from .simd import lanes, load, load_part, store, store_part
 
 
@@ -116,9 +116,7 @@ def embedding(ids, weight, out=None):
     if weight.ndim != 2:
         refuse("an embedding takes rows from a matrix, not from an array of shape {}", weight.shape)
     flat = _checked(ids, len(weight))
-    y = output(out, ids.shape + (weight.shape[1],), weight.dtype)
-    if not y.flags.c_contiguous:
-        refuse("embedding writes to a contiguous out, not to one of shape {} with strides {}", y.shape, y.strides)
+    y = contiguous_output(out, ids.shape + (weight.shape[1],), weight.dtype)
     if y.size:
         _gather(flat, _rows(weight), y.reshape(len(flat), weight.shape[1]))
     return y

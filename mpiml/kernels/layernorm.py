@@ -9,7 +9,7 @@ So the mean may be large, and what cancels is at most the number of elements of 
 import numpy as np
 
 from .jit import kernel
-from .public import check_dtypes, output, public, refuse
+from .public import check_dtypes, contiguous_output, public, refuse
 from .registers import REGISTER
 from .simd import at, first_lanes, lanes, load, load_part, out_of_line, select, splat, store, store_part
 from .tile import (
@@ -183,9 +183,7 @@ def layer_norm(x, weight=None, bias=None, eps=1e-5, out=None):
     check_dtypes("layer_norm", x, weight, bias)
     if x.ndim != 2:
         refuse("layer_norm takes (rows, features), not {}: reshape the input", x.shape)
-    y = output(out, x.shape, x.dtype)
-    if not y.flags.c_contiguous:
-        refuse("layer_norm writes to a contiguous out, not to one of shape {} with strides {}", y.shape, y.strides)
+    y = contiguous_output(out, x.shape, x.dtype)
     mean, scale = np.empty(len(x), x.dtype), np.empty(len(x), x.dtype)
     weight, bias = _whole(weight, x, 1), _whole(bias, x, 0)
     if x.size:

@@ -22,27 +22,12 @@ def refuse(text, *values):
     raise ValueError(text.format(*values))
 
 
-def refuse_type(text, *values):
-    """Raise the TypeError that ``text``, formatted with ``values``, says."""
-    raise TypeError(text.format(*values))
-
-
 @overload(refuse, prefer_literal=True)
 def _refuse(text, *values):
     message = text.literal_value
 
     def raises(text, *values):
         raise ValueError(message)
-
-    return raises
-
-
-@overload(refuse_type, prefer_literal=True)
-def _refuse_type(text, *values):
-    message = text.literal_value
-
-    def raises(text, *values):
-        raise TypeError(message)
 
     return raises
 
@@ -68,11 +53,36 @@ def _check_dtypes(name, x, *others):
     return lambda name, x, *others: None
 
 
+def check_writable(*arrays):
+    """Refuse what may not be written, such as a file that is mapped into memory; None is fine."""
+    for array in arrays:
+        if array is not None and not array.flags.writeable:
+            raise ValueError(f"an array of shape {array.shape} to be written to is read-only: pass a copy")
+
+
+@overload(check_writable)
+def _check_writable(*arrays):
+    arrays = arrays[0] if len(arrays) == 1 and isinstance(arrays[0], (tuple, numba.types.BaseTuple)) else arrays
+    if any(isinstance(array, numba.types.Array) and not array.mutable for array in arrays):
+        raise numba.errors.TypingError("a kernel of mpiml is to write to a read-only array")
+    return lambda *arrays: None
+
+
 @public
 def output(out, shape, dtype):
     """``out`` if it has this shape and dtype and may be written; a new array if it is None."""
     if out is None:
         return np.empty(shape, dtype)
+    check_writable(out)
     if out.shape != shape or out.dtype != dtype:
         refuse("out has shape {} and dtype {}, the result {} and {}", out.shape, out.dtype, shape, dtype)
     return out
+
+
+@public
+def contiguous_output(out, shape, dtype):
+    """As :func:`output`, for kernels that write one row behind the other."""
+    y = output(out, shape, dtype)
+    if not y.flags.c_contiguous:
+        refuse("the result is written to a C-contiguous out, not to one of shape {} with strides {}", y.shape, y.strides)
+    return y

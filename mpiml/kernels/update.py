@@ -11,7 +11,7 @@ which are scaled so.
 import numpy as np
 
 from .jit import kernel
-from .public import check_dtypes, public, refuse
+from .public import check_dtypes, check_writable, public, refuse
 
 
 @kernel
@@ -133,6 +133,7 @@ def _scale(g, factor):
 @public
 def _check(name, w, g, m, v):
     check_dtypes(name, w, g, m, v)
+    check_writable(w, g, m, v)
     if w.ndim != 1 or g.shape != w.shape or m.shape != w.shape or v.shape != w.shape:
         refuse("{} updates vectors of one length, not of shapes {}, {}, {} and {}", name, w.shape, g.shape, m.shape, v.shape)
     if not (w.flags.c_contiguous and g.flags.c_contiguous and m.flags.c_contiguous and v.flags.c_contiguous):
