@@ -166,12 +166,13 @@ class Watch:
                 events += [_event(place, "receive", begin, arrived, args), _event(place, name, arrived, done, args),
                            _event(place, "send", done, sent, args)]
             events += [_event(place, "all-reduce", begin, end, {"step": int(step)}) for step, begin, end in sums[rank]]
+        events = [event for event in events if event.get("dur", 1) >= 0.5]  # shorter ones (in us) hide the others
         first = min((event["ts"] for event in events if event["ph"] == "X"), default=0.0)
         for event in events:
             if event["ph"] == "X":
                 event["ts"] -= first
         with open(path, "w") as file:
-            json.dump({"traceEvents": [event for event in events if event.get("dur", 1) >= 0.5]}, file)
+            json.dump({"traceEvents": events}, file)
 
     def _rows(self, clock):
         return [(step, _KINDS.index(type(action)), action.microbatch, action.chunk,
