@@ -13,11 +13,16 @@ Each rank computes a run of neighbouring lanes and adds what it can: up to the l
 the ranks add up those nodes, again along the tree. Which rank computed a node cannot be seen in its value.
 """
 
+import itertools
+import math
 from typing import NamedTuple
 
 import numpy as np
 
-from mpiml.kernels.jit import kernel
+from . import kernels as k
+from .data.batches import share
+from .kernels.jit import kernel
+from .nn import BatchNorm2d, Step
 
 _BLOCK = 1024  # elements of a row that are added up at a time: they stay in the first-level cache
 
@@ -206,3 +211,73 @@ class Leaves:
                 row[:] = vector
                 self.spare.append(vector)
         self._accumulate_in(next(iter(self.rows.values())))
+
+
+def samples_together(model, pieces):
+    """The number of samples of which a piece of a batch holds a multiple: 1, but for batch normalisation.
+
+    Raises
+    ------
+    ValueError
+        A BatchNorm2d takes its statistics over the whole batch, and there are several pieces.
+    """
+    norms = model.named(BatchNorm2d).values()
+    if pieces > 1 and any(norm.samples is None for norm in norms):
+        raise ValueError(f"BatchNorm2d takes its statistics over the whole batch, which is cut into {pieces} pieces (by ranks, "
+                         f"micro-batches or lanes): give it samples=, a number of samples that each piece can hold, or use "
+                         f"GroupNorm")
+    return math.lcm(*(norm.samples or 1 for norm in norms))
+
+
+def gradient(model, loss, lanes, first_step=0):
+    """A function ``step(x, y)`` that leaves the gradient of the mean loss in ``model.gradient``, without MPI.
+
+    The same bits as from :func:`mpiml.parallel.gradient` on any grid with as many lanes.
+
+    Parameters
+    ----------
+    model : mpiml.nn.Module
+        After ``init``.
+    loss : function of (output, target)
+        Returns the *sum* over the samples, such as :func:`mpiml.ops.cross_entropy`.
+    lanes : int
+        Pieces into which each batch is cut.
+    first_step : int
+        Number of the first step, which dropout depends on.
+
+    Returns
+    -------
+    step : function of (x, y)
+        Takes the whole batch, replaces the model's gradient and returns the mean loss, a float.
+
+    Raises
+    ------
+    ValueError
+        The number of lanes is none, or a BatchNorm2d would see its batch in pieces.
+    """
+    if not isinstance(lanes, (int, np.integer)) or lanes < 1:
+        raise ValueError(f"lanes is a number of pieces of a batch, a whole number above 0, not {lanes!r}")
+    multiple = samples_together(model, lanes)
+    leaves = Leaves(model, [model.sums], range(lanes), lanes)
+    numbers = itertools.count(first_step)
+
+    def step(x, y):
+        number = next(numbers)
+        if len(x) != len(y) or not len(x):
+            raise ValueError(f"a batch has samples, as many in x as in y: x has {len(x)} and y has {len(y)}")
+        leaves.clear()
+        for lane in range(lanes):
+            start, stop = share(len(x), lane, lanes, multiple)
+            total = 0.0
+            if start < stop:
+                leaves.at(lane)
+                value = loss(model(x[start:stop], Step(number, start)), y[start:stop])
+                total = float(value)
+                value.backward()
+            leaves.close(lane, total, stop - start)
+        leaves.finish()
+        count = float(model.sums[-1])
+        k.scale(model.gradient, model.sums.dtype.type(1 / count))
+        return float(model.sums[-2]) / count
+
+    return step

@@ -202,7 +202,7 @@ def test_a_model_that_forgets_training():
 def test_batch_norm_needs_shares_it_can_split():
     net = place(Sequential(BatchNorm2d(2)), GRID, dtype=np.float64)
     if GRID.size > 1:
-        with pytest.raises(ValueError, match=f"spread over {GRID.size} ranks and 1 micro-batches: give it samples="):
+        with pytest.raises(ValueError, match=f"cut into {GRID.size} pieces .*: give it samples="):
             gradient(net, cross_entropy, GRID)
     else:
         gradient(net, cross_entropy, GRID)

@@ -2,6 +2,7 @@
 
 import argparse
 import hashlib
+import itertools
 
 import numpy as np
 
@@ -21,47 +22,45 @@ def conv_net():
                       Dropout(0.2), Flatten(), Linear(72, 10))
 
 
+MODELS = {"mlp": mlp, "conv_net": conv_net}
+
+
 def problem(model, samples):
     rng = np.random.default_rng(5)
-    shape = (20,) if model is mlp else (1, 10, 10)
+    shape = (20,) if model == "mlp" else (1, 10, 10)
     return rng.standard_normal((samples, *shape), np.float32), rng.integers(0, 10, samples)
 
 
-def train(net, step, x, y, size, steps, **where):
-    optimizer, done, epoch = Adam(net, lr=0.01), 0, 0
-    while done < steps:
-        for bx, by in batches(x, y, size, epoch=epoch, **where):
-            step(bx, by)
+def train(net, step, x, y, size, steps, **options):
+    """Train by Adam with clipping; the losses."""
+    optimizer, losses = Adam(net, lr=0.01), []
+    for epoch in itertools.count():
+        for bx, by in batches(x, y, size, epoch=epoch, **options):
+            losses.append(step(bx, by))
             clip_norm(net, 1.0)
             optimizer.step()
-            done += 1
-            if done == steps:
-                break
-        epoch += 1
+            if len(losses) == steps:
+                return losses
 
 
 def digest(weights):
+    """SHA-256 of all weights, by their names."""
     return hashlib.sha256(b"".join(weights[name].tobytes() for name in sorted(weights))).hexdigest()
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
-    parser.add_argument("--model", default="mlp")
+    parser.add_argument("--model", choices=MODELS, default="mlp")
     parser.add_argument("--pipe", type=int, default=1)
     parser.add_argument("--schedule", default="one_f_one_b")
-    parser.add_argument("--lanes", type=int, default=16)
-    parser.add_argument("--batch", type=int, default=512)
-    parser.add_argument("--steps", type=int, default=50)
     args = parser.parse_args()
 
     from mpiml.parallel import Grid, gradient, place
 
-    model = {"mlp": mlp, "conv_net": conv_net}[args.model]
-    grid = Grid(pipe=args.pipe, lanes=args.lanes)
-    net = place(model(), grid, seed=1, schedule=getattr(schedule, args.schedule))
+    grid = Grid(pipe=args.pipe, lanes=16)
+    net = place(MODELS[args.model](), grid, seed=1, schedule=getattr(schedule, args.schedule))
     step = gradient(net, cross_entropy, grid)
-    train(net, step, *problem(model, 1200), args.batch, args.steps, grid=grid,
-          multiple=4 if model is conv_net else 1)
+    train(net, step, *problem(args.model, 1200), 512, 50, grid=grid, multiple=4 if args.model == "conv_net" else 1)
     weights = net.collect()
     if grid.rank == 0:
         print("weights", digest(weights))

@@ -10,7 +10,7 @@ from mpi4py import MPI
 
 from mpiml import kernels as k
 from mpiml.data.batches import share
-from mpiml.lanes import Leaves
+from mpiml.lanes import Leaves, samples_together
 from mpiml.nn import BatchNorm2d, Dropout
 from mpiml.schedule import ScheduleError, orders, owners, simulate
 
@@ -72,18 +72,14 @@ def gradient(model, loss, grid, microbatches=None, *, recompute=False, watch=Non
     if model.grid is not grid:
         raise ValueError(f"the model was placed on {model.grid}, but gradient is to run on {grid}: use one Grid for both")
     if grid.lanes and microbatches is not None:
-        raise ValueError(f"a grid with lanes has those as its micro-batches, here {grid.lanes}: leave out microbatches={microbatches}")
+        raise ValueError(f"a grid with lanes has those as its micro-batches, here {grid.lanes}: leave out "
+                         f"microbatches={microbatches}")
     lanes = range(*held(grid, grid.replica)) if grid.lanes else None
     if microbatches is None:
         microbatches = len(lanes) if lanes else 1 if grid.pipe == 1 else 2 * grid.pipe
     if not isinstance(microbatches, (int, np.integer)) or microbatches < 1:
         raise ValueError(f"microbatches is a whole number above 0, not {microbatches!r}")
-    norms = list(model.whole().named(BatchNorm2d).values())
-    multiple = math.lcm(*(norm.samples or 1 for norm in norms))
-    if grid.data * microbatches > 1 and any(norm.samples is None for norm in norms):
-        raise ValueError(f"BatchNorm2d takes its statistics over the whole batch, which is spread over {grid.data} ranks and "
-                         f"{microbatches} micro-batches: give it samples=, a number of samples that each piece can hold, or "
-                         f"use GroupNorm")
+    multiple = samples_together(model.whole(), grid.lanes or grid.data * microbatches)
     spans = [held(grid, replica) for replica in range(grid.data)] if lanes else [(0, microbatches)]
     counts = {stop - start for start, stop in spans}
     for count in counts:
@@ -105,7 +101,7 @@ def gradient(model, loss, grid, microbatches=None, *, recompute=False, watch=Non
     model.accumulate_in(sums)
     leaves = Leaves(model, total.rows, lanes, grid.lanes) if lanes else None
     # Only these depend on where a share lies in the batch; without them nobody needs to ask.
-    positioned = bool(lanes or norms or model.whole().named(Dropout))
+    positioned = bool(lanes or model.whole().named((BatchNorm2d, Dropout)))
 
     def step(x, y):
         number, first = next(numbers), 0

@@ -63,8 +63,8 @@ class Grid:
             _check_launcher(comm.size)
         self.data, self.pipe = _factors(data, pipe, comm.size)
         if lanes is not None and (not isinstance(lanes, (int, np.integer)) or lanes < self.data):
-            raise ValueError(f"lanes is a whole number of pieces of a batch, at least one for each of the {self.data} replicas, "
-                             f"not {lanes!r}")
+            raise ValueError(f"lanes is a whole number of pieces of a batch, one at least for each of the {self.data} "
+                             f"replicas, not {lanes!r}")
         self.lanes = lanes
         self.comm = comm.Dup()
         self.rank, self.size = comm.rank, comm.size

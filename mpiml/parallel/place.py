@@ -1,7 +1,6 @@
 """Placing a model on a grid: which rank holds which of its layers."""
 
 import itertools
-import math
 
 import numpy as np
 

@@ -14,7 +14,6 @@ import tempfile
 
 import numpy as np
 from llvmlite import ir
-from mpi4py import MPI
 from numba import types
 from numba.extending import intrinsic
 
