@@ -1,5 +1,8 @@
 """A job in which one rank does what the first argument says; tests/test_launch.py looks at how it ends."""
 
+import contextlib
+import os
+import signal
 import sys
 import threading
 import time
@@ -9,7 +12,7 @@ import numpy as np
 from mpiml.data import mnist
 from mpiml.nn import Linear, Sequential
 from mpiml.ops import cross_entropy
-from mpiml.parallel import Grid, gradient, place
+from mpiml.parallel import Grid, evaluate, gradient, place
 from mpiml.tensor import op
 
 trap = None
@@ -30,13 +33,14 @@ def trapped(x):
 
 def main(fault, folder=None):
     global trap
-    pipeline = fault in ("forward", "backward")
+    pipeline = fault in ("forward", "backward", "short")
     grid = Grid()
     grid = Grid(pipe=grid.size) if pipeline else grid
     culprit = grid.size // 2 - 1  # rank 3 of 8
     layers = [Sequential(Linear(5, 5), trapped) for _ in range(grid.pipe - 1)]
     model = place(Sequential(*layers, Linear(5, 10)), grid)
     step = gradient(model, cross_entropy, grid, 4 if pipeline else 1)
+    other = gradient(place(Sequential(Linear(5, 10)), grid), cross_entropy, grid) if fault == "swapped" else None
     x, y = np.ones((4, 5), np.float32), np.zeros(4, int)
     for _ in range(20):
         step(x, y)
@@ -70,6 +74,29 @@ def main(fault, folder=None):
             trap = fault
         if fault == "dtype":
             x = x.astype(np.float64)
+        if fault == "leave":
+            return
+        if fault == "exit0":
+            sys.exit(0)
+        if fault in ("SIGKILL", "SIGSEGV", "SIGSTOP"):
+            os.kill(os.getpid(), getattr(signal, fault))
+        if fault == "vanish":
+            os._exit(0)
+        if fault == "alone":
+            evaluate(model, x, y, {"loss": cross_entropy}, grid)
+        if fault == "swapped":
+            other(x, y)
+            step(x, y)
+        if fault == "caught":
+            with contextlib.suppress(ValueError):
+                step(x, y + 10)
+        if fault == "short":
+            x, y = x[:2], y[:2]
+        if fault == "late":
+            time.sleep(60)
+    elif fault == "swapped":
+        step(x, y)
+        other(x, y)
     while True:
         step(x, y)
 

@@ -78,6 +78,45 @@ def test_a_failing_rank_ends_the_job(fault, ranks, tmp_path):
     assert not [name for name in segments if Path(name).exists()]
 
 
+OUT_OF_STEP = {
+    "leave": r"rank 1 has left the program, but rank 0 waits for it in the gradient sum of \d+ float32 in step 20",
+    "exit0": r"rank 1 has left the program, but rank 0 waits for it in the gradient sum of \d+ float32 in step 20",
+    "alone": r"rank 1 in Allgather of 1 uint64 in evaluate, but ranks 0, 2, 3 in the gradient sum of \d+ float32 in step 20",
+    "swapped": r"rank 1 in the gradient sum of \d+ float32 in step 0, but ranks 0, 2, 3 in the gradient sum .* in step 20",
+    "caught": r"RankError: the ranks are no longer in step: rank 1 in .* in step 21, but ranks 0, 2, 3 in .* in step 20",
+    "short": r"the ranks wait for each other, for ever: rank 0 in B\(0, 0\) in step 20, but rank 1 in ",
+    "SIGKILL": "", "SIGSEGV": "", "vanish": "",  # the launcher sees these
+}
+
+
+@pytest.mark.parametrize("fault", OUT_OF_STEP)
+def test_ranks_that_part_company_do_not_hang(fault):
+    run = mpirun(4, "tests/faults.py", fault, timeout=60)
+    assert run.code != 0
+    assert re.search(OUT_OF_STEP[fault], run.err), run.err
+    assert run.end - float(re.search(r"FAULT (\S+)", run.err)[1]) < 7
+    assert not run.left
+
+
+@pytest.mark.parametrize("fault", ["SIGSTOP", "late"])
+def test_the_watchdog_tells_who_is_late_and_ends_the_job(fault):
+    run = mpirun(4, "tests/faults.py", fault, timeout=60, env=environment(MPIML_WATCHDOG="1,3"))
+    assert run.code != 0
+    warning, end = run.err.split(" failed and ends the job\n")
+    assert "mpiml: rank 0 waits for rank 1 in the gradient sum of" in warning
+    assert ("(stopped by a signal)" in warning) == (fault == "SIGSTOP")
+    if fault == "late":
+        assert re.search(r"rank 1 is here:\nStack .*\n  File .*faults.py\"?, line \d+ in main", warning)
+    assert "rank 0 has waited for rank 1 for 3 s" in end and "MPIML_WATCHDOG=1,SECONDS allows more" in end
+    assert re.search(r"rank [23] was waiting in the gradient sum of \d+ float32 in step 20 when rank 0 failed: rank 0 has", end)
+    assert not run.left
+
+
+def test_a_watchdog_of_ones_own():
+    run = mpirun(2, "tests/faults.py", "late", env=environment(MPIML_WATCHDOG="soon"))
+    assert run.code != 0 and "MPIML_WATCHDOG is WARN,ABORT, two times in seconds such as 60,900, or off; not 'soon'" in run.err
+
+
 def test_sys_exit_on_one_rank_ends_the_job_with_its_status():
     run = mpirun(4, "tests/faults.py", "exit", timeout=60)
     assert run.code == 7, run.err

@@ -20,7 +20,9 @@ from mpi4py import MPI
 
 # Of several ranks with an error only the first needs to speak: it ends the job before the others' turn. Those who
 # did not cause an error that all found together wait longer.
-_TURN, _COURTESY = 0.5, 2.0  # seconds
+_TURN, _COURTESY = 1.2, 2.5  # seconds
+
+farewells = []  # functions of a line of text, to be called before the job is ended
 
 
 def _drain(stream):
@@ -64,7 +66,7 @@ class _Exit(SystemExit):
             _Exit.pending = None
 
 
-def _say(text):
+def say(text):
     """Write to stderr, or to what the process started with if the program has closed or replaced it."""
     for stream in sys.stdout, sys.__stdout__:
         with contextlib.suppress(Exception):
@@ -74,6 +76,19 @@ def _say(text):
             stream.write(text)
             _drain(stream)
             return
+
+
+def end(text, code, summary=None):
+    """Print what happened here, and abort the job; the summary is by default the last line."""
+    comm = MPI.COMM_WORLD
+    try:
+        where = f"rank {comm.rank} of {comm.size} on {MPI.Get_processor_name()}"
+        say(f"\nmpiml: {where} failed and ends the job\n{text}")
+        for farewell in farewells:
+            farewell(summary or text.strip().splitlines()[-1])
+        _forget_segments()
+    finally:
+        comm.Abort(code)
 
 
 def install(comm):
@@ -94,14 +109,6 @@ def install(comm):
     def report_thread(args):
         if not issubclass(args.exc_type, SystemExit):  # ends its thread alone
             report(args.exc_type, args.exc_value, args.exc_traceback)
-
-    def end(text, code):
-        try:
-            where = f"rank {comm.rank} of {comm.size} on {MPI.Get_processor_name()}"
-            _say(f"\nmpiml: {where} failed and ends the job\n{text}")
-            _forget_segments()
-        finally:
-            comm.Abort(code)
 
     def leave(code=None):
         raise (_Exit if threading.current_thread() is threading.main_thread() else SystemExit)(code)

@@ -6,6 +6,7 @@ import numpy as np
 from mpi4py import MPI
 
 from .predict import runs_of, stream
+from .recorder import recorder
 
 
 def evaluate(model, x, y, metrics, grid, size=256, transform=None):
@@ -40,6 +41,11 @@ def evaluate(model, x, y, metrics, grid, size=256, transform=None):
     ValueError
         There is nothing to evaluate.
     """
+    with recorder.at("evaluate"):
+        return _evaluate(model, x, y, metrics, grid, size, transform)
+
+
+def _evaluate(model, x, y, metrics, grid, size, transform):
     grid.same("the numbers of samples in x and y", (len(x), len(y)))
     if len(x) == 0 or len(x) != len(y):
         raise ValueError(f"evaluation needs samples, as many in x as in y: x has {len(x)} and y has {len(y)}")

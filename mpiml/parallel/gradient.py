@@ -14,9 +14,10 @@ from mpiml.lanes import Leaves, samples_together
 from mpiml.nn import BatchNorm2d, Dropout
 from mpiml.schedule import ScheduleError, orders, owners, simulate
 
-from .grid import RankError
+from .group import RankError
 from .interpreter import Interpreter
 from .place import Part
+from .recorder import recorder
 from .sum import held, summation
 
 
@@ -104,7 +105,12 @@ def gradient(model, loss, grid, microbatches=None, *, recompute=False, watch=Non
     positioned = bool(lanes or model.whole().named((BatchNorm2d, Dropout)))
 
     def step(x, y):
-        number, first = next(numbers), 0
+        number = next(numbers)
+        with recorder.at(f"step {number}"):
+            return take(number, x, y)
+
+    def take(number, x, y):
+        first = 0
         if len(x) != len(y):
             raise ValueError(f"x has {len(x)} samples but y has {len(y)}")
         parts = [share(len(x), m, microbatches, multiple) for m in range(microbatches)]

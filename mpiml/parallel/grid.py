@@ -7,17 +7,12 @@ import os
 import numpy as np
 from mpi4py import MPI
 
+from .group import Group, RankError
+from .recorder import names, recorder
+
 _LONG = 500  # characters of a value that an error shows
 _WORLD_SIZE = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 _SLURM_SIZE = ("SLURM_STEP_NUM_TASKS",)  # also in what an mpirun inside of a step starts, so it counts if it stands alone
-
-
-class RankError(RuntimeError):
-    """An error that all ranks found together; ``ranks`` are those that caused it."""
-
-    def __init__(self, message, ranks):
-        super().__init__(message)
-        self.ranks = ranks
 
 
 class Grid:
@@ -66,7 +61,9 @@ class Grid:
             raise ValueError(f"lanes is a whole number of pieces of a batch, one at least for each of the {self.data} "
                              f"replicas, not {lanes!r}")
         self.lanes = lanes
-        self.comm = comm.Dup()
+        if MPI.Comm.Compare(comm, MPI.COMM_WORLD) in (MPI.IDENT, MPI.CONGRUENT):
+            recorder.start(MPI.COMM_WORLD)
+        self.comm = Group(comm).Dup()
         self.rank, self.size = comm.rank, comm.size
         self.stage, self.replica = divmod(self.rank, self.data)
         self.node = self.comm.Split_type(MPI.COMM_TYPE_SHARED)
@@ -105,7 +102,7 @@ class Grid:
                 groups.setdefault(text, []).append(rank)
             odd = min(groups.values(), key=len)
             raise RankError(f"{what} must be the same on all ranks, but " + "; ".join(
-                (f"rank {ranks[0]} has " if len(ranks) == 1 else f"ranks {_list(ranks)} have ") + text
+                f"{names(ranks)} ha{'s' if len(ranks) == 1 else 've'} {text}"
                 for text, ranks in groups.items()), odd)
 
     def all(self, flag):
@@ -163,13 +160,9 @@ def _factors(data, pipe, size):
     return int(data), int(pipe)
 
 
-def _list(ranks):
-    return ", ".join(map(str, ranks[:8])) + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")
-
-
 def _check_launcher(size):
-    for names in _WORLD_SIZE, _SLURM_SIZE:
-        started = {name: int(os.environ[name]) for name in names if os.environ.get(name, "").isdigit()}
+    for variables in _WORLD_SIZE, _SLURM_SIZE:
+        started = {name: int(os.environ[name]) for name in variables if os.environ.get(name, "").isdigit()}
         if size in started.values():
             return  # another launcher around this one left the other number
         if started:

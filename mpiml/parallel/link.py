@@ -14,6 +14,8 @@ from collections import defaultdict, deque
 import numpy as np
 from mpi4py import MPI
 
+from .recorder import recorder
+
 _SIZES = 16  # kept in memory; more are those of batches gone by
 _HEADER = 101  # bytes: an odd number, so no array of floats has this length
 
@@ -33,7 +35,7 @@ class Link:
         self._slots = (self._comm.Get_attr(MPI.TAG_UB) or 32767) // (2 * len(owner))
         self._told, self._heard = {}, {}  # message: the dtype, shape and order of axes it had last
         self._here = defaultdict(deque)  # what one chunk of this rank handed to another
-        self._sent = []  # (request, array) of sends that may not be through
+        self._sent = []  # (request, array, stage) of sends that may not be through
         self._posted = {}  # message: (request, buffer)
         self._free = defaultdict(list)  # size: buffers
         self._status = MPI.Status()
@@ -74,9 +76,9 @@ class Link:
         if self._told.get(message) != form or array.nbytes == _HEADER:
             self._told[message] = form
             header = _pack(*form)
-            self._sent.append((self._comm.Isend([header, MPI.BYTE], to, tag), header))
+            self._sent.append((self._comm.Isend([header, MPI.BYTE], to, tag), header, to))
         start = self._comm.Issend if matched else self._comm.Isend
-        self._sent.append((start([array, MPI.BYTE], to, tag), array))
+        self._sent.append((start([array, MPI.BYTE], to, tag), array, to))
 
     def post(self, message):
         """Start to receive what will come, so that it can arrive while this rank computes."""
@@ -98,7 +100,7 @@ class Link:
             self.post(message)
         request, buffer = self._posted.pop(message)
         status, form = self._status, self._heard.get(message)
-        wait(request, status)
+        self._wait(request, self.source(message), "{}({}, {})".format(*message), status)
         length = status.Get_count(MPI.BYTE)
         if length == _HEADER:
             form = self._heard[message] = _unpack(buffer)
@@ -128,16 +130,19 @@ class Link:
     def finish(self, keep=0):
         """Wait until all sends but the last ``keep`` are through."""
         while len(self._sent) > keep:
-            wait(self._sent.pop(0)[0])
+            request, _array, to = self._sent.pop(0)  # the array lives until it is sent
+            self._wait(request, to, "sending")
 
+    def _wait(self, request, stage, what, status=None):
+        """Wait for a request, and let other ranks have the core meanwhile.
 
-def wait(request, status=None):
-    """Wait for a request, and let other ranks have the core meanwhile.
-
-    MPI would either spin or, told that ranks share cores, sleep for 100 microseconds and more.
-    """
-    while not request.Test(status):
-        os.sched_yield()
+        MPI would either spin or, told that ranks share cores, sleep for 100 microseconds and more.
+        """
+        if request.Test(status):
+            return
+        with recorder.waiting(what, [self._comm.ranks[stage]]):
+            while not request.Test(status):
+                os.sched_yield()
 
 
 def _bytes(form):

@@ -8,6 +8,7 @@ import numpy as np
 from mpiml.data.batches import share
 
 from .place import Part
+from .recorder import recorder
 
 
 def predict(model, x, grid, size=256, transform=None):
@@ -39,6 +40,11 @@ def predict(model, x, grid, size=256, transform=None):
     mpiml.parallel.RankError
         The ranks disagree on the number of samples.
     """
+    with recorder.at("predict"):
+        return _predict(model, x, grid, size, transform)
+
+
+def _predict(model, x, grid, size, transform):
     runs = runs_of(x, grid, size)
     mine = [np.ascontiguousarray(output) for _, output in stream(model, x, grid, runs, transform)]
     forms = {(output.dtype.str, *output.shape[1:]): None for output in mine}

@@ -11,6 +11,7 @@ import mmap
 import os
 import sys
 import tempfile
+import zlib
 
 import numpy as np
 from llvmlite import ir
@@ -25,7 +26,7 @@ from mpiml.lanes import add_rows
 _PAGE = 4096
 _FUTEX_WAIT, _FUTEX_WAKE = 0, 1  # not the PRIVATE ones: the word is shared between processes
 _FUTEX = {"x86_64": 202, "aarch64": 98, "ppc64le": 221, "riscv64": 98}  # number of the system call
-_ARRIVED, _ROUND = 0, 16  # two words in cache lines of their own
+_ARRIVED, _ROUND, _MARKS = 0, 16, 32  # words in cache lines of their own
 _PATIENCE = 0.1  # seconds asleep before Python may look at its signals
 
 _syscall = types.ExternalFunction("syscall", types.int64(
@@ -79,7 +80,7 @@ class SharedSum:
     ----------
     memory : mmap
         From :func:`allocate`.
-    node : mpi4py.MPI.Comm
+    node : Group
         The ranks of one node.
     counts : list of int
         Rows of each of them.
@@ -102,14 +103,16 @@ class SharedSum:
         dtype = np.dtype(dtype)
         memory = np.frombuffer(memory, np.uint8)
         self._words = memory[:_PAGE].view(np.int32)
+        self._marks = self._words[_MARKS:_MARKS + node.size]
         count = sum(counts)
-        rows = memory[_PAGE:_bytes(size, dtype, count + results)].view(dtype).reshape(count + results, _row(size, dtype))
+        rows = memory[_PAGE:bytes_of(count + results, size, dtype)].view(dtype).reshape(count + results, _row(size, dtype))
         self._rows, self._results = rows[:count], rows[count:]
         first = sum(counts[:node.rank])
         self.rows = [row[:size] for row in rows[first:first + counts[node.rank]]]
         line = 64 // dtype.itemsize
         self._slice = tuple(min(line * bound, size) for bound in share(-(-size // line), node.rank, node.size))
-        self._program, self._ranks, self._across = program, node.size, across
+        self._program, self._ranks, self._across, self._node = program, node.size, across, node
+        self._name = f"the gradient sum of {size} {dtype}"
         self._spins = 100 if ranks_on_node() > cores_of_node() else 20000
         self._timeout = np.array([0, int(_PATIENCE * 1e9)], np.int64)
         self._call = _FUTEX[os.uname().machine]
@@ -120,17 +123,25 @@ class SharedSum:
         while now >= 0 and not _wait(self._words, now, self._spins, self._timeout, self._call):
             pass  # Python looks at its signals here
 
+    def _compare(self, text):
+        """Meet, and raise a RankError on all ranks if they do not come with the same text."""
+        self._marks[self._node.rank] = zlib.crc32(text.encode()) >> 1
+        self._meet()
+        if (self._marks != self._marks[0]).any():
+            self._node.tell_apart(text)
+
     def __call__(self):
         """Replace the first row by the sum over all ranks."""
         if self._summing:
             raise RuntimeError("an exception (Ctrl-C, say) interrupted an earlier sum on this rank, which is no longer in "
                                "step with the others: this training cannot go on")
         self._summing = True
-        self._meet()
-        add_rows(self._rows, self._program, *self._slice, self._results)
-        if self._across is not None:
-            self._across(self._results[:, slice(*self._slice)])
-        self._meet()
+        with self._node.waiting(self._name) as wait:
+            self._compare(wait.what)
+            add_rows(self._rows, self._program, *self._slice, self._results)
+            if self._across is not None:
+                self._across(self._results[:, slice(*self._slice)])
+            self._meet()
         # Nobody writes the result again before all have met a third time, in the next sum.
         self.rows[0][:] = self._results[0, :len(self.rows[0])]
         self._summing = False
@@ -142,14 +153,16 @@ def _row(size, dtype):
     return (-(-size * dtype.itemsize // _PAGE) * _PAGE + 5 * 64) // dtype.itemsize
 
 
-def _bytes(size, dtype, rows):
+def bytes_of(rows, size, dtype):
+    """Memory that a :class:`SharedSum` of so many rows, results included, needs."""
+    dtype = np.dtype(dtype)
     return _PAGE + rows * _row(size, dtype) * dtype.itemsize
 
 
-def allocate(node, size, dtype, rows):
-    """Memory, all zeros, that the ranks of a node share for the ``rows`` of a :class:`SharedSum`, results included.
+def allocate(node, size):
+    """Memory of so many bytes, all zeros, that the ranks of a node share; None where it cannot be had.
 
-    None where it cannot be had. It has no name when this returns, so that nothing is left behind however the job ends.
+    It has no name when this returns, so that nothing is left behind however the job ends.
     """
     path = np.zeros(64, np.uint8)
     file = None
@@ -157,7 +170,7 @@ def allocate(node, size, dtype, rows):
         if node.rank == 0 and sys.platform == "linux" and os.uname().machine in _FUTEX:
             file = tempfile.NamedTemporaryFile(dir="/dev/shm", prefix="mpiml-")
             # Reserves it: memory that is only promised kills the process in use when it runs out.
-            os.posix_fallocate(file.fileno(), 0, _bytes(size, np.dtype(dtype), rows))
+            os.posix_fallocate(file.fileno(), 0, size)
             path[:len(file.name)] = np.frombuffer(file.name.encode(), np.uint8)
     except OSError:
         path[:] = 0

@@ -109,7 +109,7 @@ def summation(grid, size, dtype):
             given, wanted, of = [[Node(0, rank)] for rank in range(near.size)], [root(near.size)], near.size
             combine = AllReduce(across)
         counts = [len(some) for some in given]
-        memory = shared.allocate(near, size, dtype, sum(counts) + len(wanted))
+        memory = shared.allocate(near, shared.bytes_of(sum(counts) + len(wanted), size, dtype))
     if grid.all(memory is not None):
         additions = program([node for some in given for node in some], wanted, of)
         return shared.SharedSum(memory, near, counts, additions, len(wanted), combine if across.size > 1 else None, size, dtype)

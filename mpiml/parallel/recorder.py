@@ -1,0 +1,280 @@
+"""The flight recorder: what each rank of a node is doing, for the others to see, and a watchdog that looks at it.
+
+A rank that waits for the others writes down for whom and in what, in memory that the ranks of its node share. A
+thread of each rank looks at these notes a few times a second. It ends the job with a table of them as soon as nothing can
+come any more: a rank that is waited for has left the program or its process has died, or all ranks of a circle wait for
+each other in different places. Where it only takes long, it warns, names the rank that is late and shows what that rank is
+at, and after a longer time ends the job too. ``MPIML_WATCHDOG=WARN,ABORT`` sets both times in seconds (60,900 if it is not
+set), and ``MPIML_WATCHDOG=off`` switches the recorder off.
+
+The notes of ranks on other nodes cannot be read. Each node's watchdog tells of its own.
+"""
+
+import atexit
+import contextlib
+import faulthandler
+import os
+import signal
+import struct
+import sys
+import threading
+import time
+from typing import NamedTuple
+
+import numpy as np
+from mpi4py import MPI
+
+from . import abort, shared
+
+RUNNING, WAITING, LEFT, FAILED = range(4)
+_NOTE = struct.Struct("<qqqd32s?183s")  # state, number of the note, process, time, for whom, others too, in what: 248 bytes
+_ROOM = 256  # bytes for a note; ranks of a node that can be told apart
+_LOOK = 0.2  # seconds between two looks
+_LEFT, _CIRCLE = 1.0, 3.0  # seconds until a wait for somebody who left, or a circle, is taken for what it is
+_SIGNAL = getattr(signal, "SIGRTMIN", 0) + 6 if hasattr(signal, "SIGRTMIN") else None  # shows a rank's stack
+
+
+class Recorder:
+    """This process's notes, and those of the other ranks on its node.
+
+    Attributes
+    ----------
+    on : bool
+        Whether it records at all.
+    task : str
+        What the program is at, such as "step 12": part of every note.
+    """
+
+    def __init__(self):
+        self.task = ""
+        self._comm = None
+        self._memory, self._at, self._ranks = memoryview(bytearray(_ROOM)), 0, [0]
+        self._number, self._state, self._note = 0, RUNNING, ""
+        self._pid = os.getpid()
+        self._told = set()
+        self.warn, self.limit = _times(os.environ.get("MPIML_WATCHDOG", ""))
+        self.on = self.warn is not None
+
+    def start(self, comm):
+        """Share the notes of this job's ranks; to be called on all ranks of ``comm``, the whole job, together."""
+        if self._comm is not None or not self.on or comm.size == 1:
+            return
+        self._comm = comm
+        abort.farewells.append(self.failed)
+        threading.Thread(target=self._watch, name="mpiml watchdog", daemon=True).start()
+        atexit.register(self._leave)
+        with self.waiting("making the first Grid", range(comm.size)):
+            node = comm.Split_type(MPI.COMM_TYPE_SHARED)
+            ranks = np.empty(node.size, np.int64)
+            node.Allgather(np.array([comm.rank], np.int64), ranks)
+            memory = shared.allocate(node, node.size * _ROOM) if 1 < node.size <= _ROOM else None
+            if memory is not None:
+                self._memory, self._at, self._ranks = memoryview(memory), node.rank * _ROOM, ranks.tolist()
+                self._write(WAITING, self._note, *self.whom(range(comm.size)))
+                node.Barrier()
+        if _SIGNAL:
+            with contextlib.suppress(ValueError, OSError, RuntimeError, AttributeError):  # no stderr, or not the main thread
+                faulthandler.register(_SIGNAL, all_threads=False)
+
+    def whom(self, ranks):
+        """How a note tells of some ranks of the job: a mask of those on this node, and whether there are others."""
+        mask, others = 0, False
+        for rank in ranks:
+            if rank in self._ranks:
+                mask |= 1 << self._ranks.index(rank)
+            else:
+                others = True
+        return mask.to_bytes(32, "little"), others
+
+    def told(self, what):
+        """``what``, and which task it belongs to."""
+        return f"{what} in {self.task}" if self.task else what
+
+    def waiting(self, what, ranks):
+        """A context in which this process waits for these ranks of the job."""
+        return Wait(self, self.told(what), self.whom(ranks))
+
+    @contextlib.contextmanager
+    def at(self, task):
+        """A context in which the program is at this task."""
+        before, self.task = self.task, task
+        try:
+            yield
+        finally:
+            self.task = before
+
+    def _write(self, state, what, mask=b"", others=False):
+        self._number += 1
+        self._state, self._note = state, what
+        _NOTE.pack_into(self._memory, self._at, state, self._number, self._pid, time.monotonic(), mask, others,
+                        what.encode(errors="replace"))
+
+    def _leave(self):
+        if self._state != FAILED:
+            self._write(LEFT, self._note)
+
+    def failed(self, what):
+        """Tell the other ranks of the node what ends the job here, and give them a moment to say where they were."""
+        self._write(FAILED, what if len(what) < 120 else what[:117] + "...")
+        time.sleep(3 * _LOOK)
+
+    # What the watchdog sees and says.
+
+    def _notes(self):
+        notes = []
+        for i, rank in enumerate(self._ranks):
+            state, number, pid, since, mask, others, what = _NOTE.unpack_from(self._memory, i * _ROOM)
+            notes.append(_Note(rank, state, number, pid, since, int.from_bytes(mask, "little"), others,
+                               what.rstrip(b"\0").decode(errors="replace")))
+        return notes
+
+    def _watch(self):
+        while self._state not in (LEFT, FAILED):
+            time.sleep(_LOOK)
+            with contextlib.suppress(ValueError):  # the memory is going away: so is the process
+                if self._look():
+                    return
+
+    def _look(self):
+        """Look once; whether the watch is over."""
+        notes, now = self._notes(), time.monotonic()
+        mine = notes[self._at // _ROOM] if len(notes) > 1 else notes[0]
+        culprit = next((note for note in notes if note.state == FAILED and note is not mine), None)
+        if culprit:
+            doing = "waiting in" if mine.state == WAITING else "busy after"
+            abort.say(f"mpiml: rank {self._comm.rank} was {doing} {mine.what or 'nothing of mpiml yet'} when rank "
+                      f"{culprit.rank} failed: {culprit.what}\n")
+            return True
+        if mine.state != WAITING:
+            return False
+        # The first of those who wait speaks for all.
+        turn = 1.0 if any(note.state == WAITING for note in notes[:notes.index(mine)]) else 0.0
+        late = [note for i, note in enumerate(notes) if mine.mask >> i & 1 and note is not mine]
+        waited = now - mine.since - turn
+        for note in late:
+            gone = note.pid and _process(note.pid) is None
+            if (note.state == LEFT or gone) and waited > _LEFT and now - note.since > _LEFT:
+                how = "has left the program" if note.state == LEFT else "is gone: its process has vanished"
+                self._end(notes, f"rank {note.rank} {how}, but rank {mine.rank} waits for it in {mine.what}")
+                return True
+        circle = self._circle(notes, mine)
+        if circle and now - max(note.since for note in circle) - turn > _CIRCLE:
+            self._end(notes, f"the ranks wait for each other, for ever: {apart({note.rank: note.what for note in circle})[0]}")
+            return True
+        busy = [note for note in late if note.state == RUNNING]
+        if waited > self.limit:
+            self._end(notes, f"rank {mine.rank} has waited for {self._names(busy)} for {self.limit:g} s in {mine.what}; "
+                             f"MPIML_WATCHDOG={self.warn:g},SECONDS allows more")
+            return True
+        if waited > self.warn and not turn and mine.number not in self._told:
+            self._told.add(mine.number)
+            abort.say(f"mpiml: rank {mine.rank} waits for {self._names(busy)} in {mine.what}\n{self._table(notes)}")
+            self._show(busy)
+        return False
+
+    def _circle(self, notes, mine):
+        """All ranks that this one waits for, and those that they wait for, ...: if none of them can go on; else []."""
+        found, new = {mine}, {mine}
+        while new:
+            new = {note for other in new for i, note in enumerate(notes) if other.mask >> i & 1} - found
+            found |= new
+        stuck = all(note.state in (WAITING, LEFT) and not note.others for note in found)
+        return sorted(found) if stuck and len({note.what for note in found}) > 1 else []
+
+    def _names(self, notes):
+        return (names([note.rank for note in notes]) if notes else "ranks of other nodes" if len(self._ranks) < self._comm.size
+                else "the others")
+
+    def _table(self, notes):
+        now, lines = time.monotonic(), []
+        for note in notes:
+            state = _process(note.pid)
+            doing = {RUNNING: "runs, after", WAITING: "waits in", LEFT: "has left, after", FAILED: "failed:"}[note.state]
+            odd = " (its process has vanished)" if state is None else " (stopped by a signal)" if state in "Tt" else ""
+            lines.append(f"  rank {note.rank} {doing} {note.what or 'nothing of mpiml'}, since {now - note.since:.1f} s{odd}\n")
+        return "".join(lines[:64]) + (f"  ... {len(lines) - 64} more\n" if len(lines) > 64 else "")
+
+    def _show(self, notes):
+        """Let processes show where they are."""
+        for note in notes[:4]:
+            if _SIGNAL and _process(note.pid) not in (None, "T", "t"):
+                abort.say(f"mpiml: rank {note.rank} is here:\n")
+                with contextlib.suppress(OSError):
+                    os.kill(note.pid, _SIGNAL)
+                time.sleep(_LOOK)
+
+    def _end(self, notes, text):
+        self._show([note for note in notes if note.state == RUNNING])
+        abort.end(f"{text}\n{self._table(notes)}", 1, text)
+
+
+class _Note(NamedTuple):
+    """One rank's note, as the others of its node see it."""
+
+    rank: int
+    state: int
+    number: int
+    pid: int
+    since: float  # time.monotonic, which the processes of a node share
+    mask: int  # a bit for each rank of this node that it waits for
+    others: bool  # waits for ranks of other nodes too
+    what: str
+
+
+class Wait:
+    """A context in which this process waits; see :meth:`Recorder.waiting`."""
+
+    __slots__ = ("recorder", "what", "whom")
+
+    def __init__(self, recorder, what, whom):
+        self.recorder, self.what, self.whom = recorder, what, whom
+
+    def __enter__(self):
+        self.recorder._write(WAITING, self.what, *self.whom)
+        return self
+
+    def __exit__(self, *_):
+        self.recorder._write(RUNNING, self.what)
+
+
+def apart(texts):
+    """Which ranks are at what, as text, and those with the rarest of the texts; of {rank: text}."""
+    groups = {}
+    for rank, text in texts.items():
+        groups.setdefault(text, []).append(rank)
+    odd = min(groups.values(), key=len)
+    parts = (f"{names(ranks)} in {text}" for text, ranks in sorted(groups.items(), key=lambda item: len(item[1])))
+    return f"{', but '.join(parts)}. All ranks must do the same, in the same order, as often", odd
+
+
+def names(ranks):
+    """The numbers of ranks as text, the first of many."""
+    more = f" and {len(ranks) - 8} more" if len(ranks) > 8 else ""
+    return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks[:8]))}{more}"
+
+
+def _times(text):
+    if text == "off":
+        return None, None
+    try:
+        warn, limit = (float(part) for part in (text or "60,900").split(","))
+        if not 0 < warn <= limit:
+            raise ValueError
+    except ValueError:
+        raise ValueError(f"MPIML_WATCHDOG is WARN,ABORT, two times in seconds such as 60,900, or off; not {text!r}") from None
+    return warn, limit
+
+
+def _process(pid):
+    """The state of a process as Linux abbreviates it, "T" for stopped, "" where that is not known; None if it is gone."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            state = file.read().rpartition(")")[2].split()[0]
+        return None if state in "ZX" else state
+    except FileNotFoundError:
+        return None if sys.platform == "linux" else ""
+    except OSError:
+        return ""
+
+
+recorder = Recorder()
