@@ -37,10 +37,10 @@ def environment(**more):
     return clean | OPEN_MPI | more
 
 
-def mpirun(ranks, *command, timeout=120, env=None, python=sys.executable):
+def mpirun(ranks, *command, timeout=120, env=None, python=sys.executable, flags=()):
     """Run ``python *command`` on ``ranks`` ranks; after ``timeout`` seconds all its processes are killed."""
     token = uuid.uuid4().hex
-    job = subprocess.Popen([launcher(python), "-n", str(ranks), python, *command], cwd=ROOT, text=True,
+    job = subprocess.Popen([launcher(python), *flags, "-n", str(ranks), python, *command], cwd=ROOT, text=True,
                            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                            start_new_session=True, env=(env or environment()) | {"MPIML_TEST_JOB": token})
     try:

@@ -3,6 +3,9 @@
 import argparse
 import hashlib
 import itertools
+import os
+import signal
+import threading
 
 import numpy as np
 
@@ -31,12 +34,15 @@ def problem(model, samples):
     return rng.standard_normal((samples, *shape), np.float32), rng.integers(0, 10, samples)
 
 
-def train(net, step, x, y, size, steps, **options):
-    """Train by Adam with clipping; the losses."""
+def train(net, step, x, y, size, steps, lost=(), **options):
+    """Train by Adam with clipping, and try again after the exceptions ``lost``; the losses."""
     optimizer, losses = Adam(net, lr=0.01), []
     for epoch in itertools.count():
         for bx, by in batches(x, y, size, epoch=epoch, **options):
-            losses.append(step(bx, by))
+            try:
+                losses.append(step(bx, by))
+            except lost:
+                continue
             clip_norm(net, 1.0)
             optimizer.step()
             if len(losses) == steps:
@@ -53,14 +59,22 @@ if __name__ == "__main__":
     parser.add_argument("--model", choices=MODELS, default="mlp")
     parser.add_argument("--pipe", type=int, default=1)
     parser.add_argument("--schedule", default="one_f_one_b")
+    parser.add_argument("--die", nargs=2, action="append", default=[], metavar=("RANK", "SECONDS"),
+                        help="this rank kills itself so many seconds after the first step")
     args = parser.parse_args()
 
-    from mpiml.parallel import Grid, gradient, place
+    from mpiml.parallel import Grid, RanksLost, evaluate, gradient, place
 
     grid = Grid(pipe=args.pipe, lanes=16)
     net = place(MODELS[args.model](), grid, seed=1, schedule=getattr(schedule, args.schedule))
     step = gradient(net, cross_entropy, grid)
-    train(net, step, *problem(args.model, 1200), 512, 50, grid=grid, multiple=4 if args.model == "conv_net" else 1)
+    x, y = problem(args.model, 1200)
+    evaluate(net, x, y, {"loss": cross_entropy}, grid)
+    for rank, seconds in args.die:
+        if grid.rank == int(rank):
+            threading.Timer(float(seconds), os.kill, (os.getpid(), signal.SIGKILL)).start()
+    train(net, step, x, y, 512, 50, RanksLost, grid=grid, multiple=4 if args.model == "conv_net" else 1)
+    print("finished", grid.size) if grid.rank == 0 else None
     weights = net.collect()
     if grid.rank == 0:
         print("weights", digest(weights))

@@ -62,7 +62,7 @@ class batches:
     """
 
     def __init__(self, x, y, size, *, epoch=0, seed=0, shuffle=True, grid=None, multiple=1, transform=None):
-        rank, ranks = (grid.replica, grid.data) if grid else (0, 1)
+        ranks = grid.data if grid else 1
         for name, value in ("size", size), ("multiple", multiple):
             if not isinstance(value, (int, np.integer)) or value < 1:
                 raise ValueError(f"{name} is a number of samples, a whole number above 0, not {value!r}")
@@ -78,16 +78,24 @@ class batches:
             raise ValueError(f"a batch of {size} cannot be shared by {ranks} ranks in multiples of {multiple}: use a "
                              f"size of {ranks * multiple} at least, or fewer ranks")
         self.x, self.y, self.size, self.transform = x, y, size, transform
-        self.rank, self.ranks, self.multiple, self.lanes = rank, ranks, multiple, grid.lanes if grid else None
+        self.grid, self.multiple = grid, multiple
         self.order = generator(seed, "shuffle", epoch).permutation(len(x)) if shuffle else np.arange(len(x))
 
     def __len__(self):
         return -(-len(self.x) // self.size)
 
+    def _ranks(self):
+        grid = self.grid
+        return (grid.generation, grid.replica, grid.data, grid.lanes) if grid else (0, 0, 1, None)
+
     def __iter__(self):
         for begin in range(0, len(self.x), self.size):
             batch = self.order[begin:begin + self.size]
-            start, stop = share(len(batch), self.rank, self.ranks, self.multiple, self.lanes)
-            mine = batch[start:stop]
-            x = self.x[mine]
-            yield (self.transform(x) if self.transform else x), self.y[mine]
+            seen = None
+            while seen != (now := self._ranks()):  # once, and once more with other shares whenever ranks were lost meanwhile
+                seen = now
+                _, rank, ranks, lanes = now
+                start, stop = share(len(batch), rank, ranks, self.multiple, lanes)
+                mine = batch[start:stop]
+                x = self.x[mine]
+                yield (self.transform(x) if self.transform else x), self.y[mine]

@@ -16,11 +16,13 @@ abort.install(MPI.COMM_WORLD)
 
 from .evaluate import evaluate  # noqa: E402
 from .gradient import gradient  # noqa: E402
-from .grid import Grid, RankError  # noqa: E402
+from .grid import Grid  # noqa: E402
+from .group import RankError, RanksLost  # noqa: E402
 from .place import Part, place  # noqa: E402
 from .predict import predict  # noqa: E402
 from .profile import Profile, profile  # noqa: E402
 from .progress import progress  # noqa: E402
 from .watch import Watch  # noqa: E402
 
-__all__ = ["Grid", "Part", "Profile", "RankError", "Watch", "evaluate", "gradient", "place", "predict", "profile", "progress"]
+__all__ = ["Grid", "Part", "Profile", "RankError", "RanksLost", "Watch", "evaluate", "gradient", "place", "predict",
+           "profile", "progress"]

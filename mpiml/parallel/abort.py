@@ -22,6 +22,7 @@ from mpi4py import MPI
 # did not cause an error that all found together wait longer.
 _TURN, _COURTESY = 1.2, 2.5  # seconds
 
+farewells_of_survivors = []  # a barrier of the ranks that are left, if any were lost
 farewells = []  # functions of a line of text, to be called before the job is ended
 
 
@@ -117,6 +118,12 @@ def install(comm):
         code = _Exit.pending
         if code not in (None, 0) and not MPI.Is_finalized():
             end(f"sys.exit({code!r})\n", code if isinstance(code, int) else 1)
+        for leave_together in farewells_of_survivors:
+            leave_together()
+            # Open MPI 5.0 often hangs in MPI_Finalize for ever when it has lost two ranks or more.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(0)
 
     sys.excepthook = report
     threading.excepthook = report_thread

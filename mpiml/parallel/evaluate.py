@@ -42,7 +42,7 @@ def evaluate(model, x, y, metrics, grid, size=256, transform=None):
         There is nothing to evaluate.
     """
     with recorder.at("evaluate"):
-        return _evaluate(model, x, y, metrics, grid, size, transform)
+        return grid.again(_evaluate, model, x, y, metrics, grid, size, transform)
 
 
 def _evaluate(model, x, y, metrics, grid, size, transform):

@@ -1,7 +1,7 @@
 """The training step: the gradient of the mean loss over the global batch, on any grid."""
 
+import functools
 import hashlib
-import itertools
 import math
 from time import perf_counter
 
@@ -14,7 +14,7 @@ from mpiml.lanes import Leaves, samples_together
 from mpiml.nn import BatchNorm2d, Dropout
 from mpiml.schedule import ScheduleError, orders, owners, simulate
 
-from .group import RankError
+from .group import RankError, RanksLost
 from .interpreter import Interpreter
 from .place import Part
 from .recorder import recorder
@@ -56,7 +56,9 @@ def gradient(model, loss, grid, microbatches=None, *, recompute=False, watch=Non
         last y, and all the number of samples), replaces the model's gradient and returns the mean loss, a float, the same
         on all ranks. It raises :class:`~mpiml.parallel.RankError` on all ranks, with the ranks at fault, if the loss or
         the gradient is not finite or the whole batch is empty; the model's gradient is then zero, so that training may
-        go on with the next batch. An error in a rank's own share (a shape, a label) is raised on that rank.
+        go on with the next batch. An error in a rank's own share (a shape, a label) is raised on that rank. On an elastic
+        grid, :class:`~mpiml.parallel.RanksLost` says that ranks died, on all that are left, and that this step was not
+        taken; :class:`mpiml.data.batches` then yields the same batch again, in other shares.
 
     Raises
     ------
@@ -75,68 +77,72 @@ def gradient(model, loss, grid, microbatches=None, *, recompute=False, watch=Non
     if grid.lanes and microbatches is not None:
         raise ValueError(f"a grid with lanes has those as its micro-batches, here {grid.lanes}: leave out "
                          f"microbatches={microbatches}")
-    lanes = range(*held(grid, grid.replica)) if grid.lanes else None
-    if microbatches is None:
-        microbatches = len(lanes) if lanes else 1 if grid.pipe == 1 else 2 * grid.pipe
-    if not isinstance(microbatches, (int, np.integer)) or microbatches < 1:
+    if microbatches is None and not grid.lanes:
+        microbatches = 1 if grid.pipe == 1 else 2 * grid.pipe
+    if not grid.lanes and (not isinstance(microbatches, (int, np.integer)) or microbatches < 1):
         raise ValueError(f"microbatches is a whole number above 0, not {microbatches!r}")
-    multiple = samples_together(model.whole(), grid.lanes or grid.data * microbatches)
-    spans = [held(grid, replica) for replica in range(grid.data)] if lanes else [(0, microbatches)]
-    counts = {stop - start for start, stop in spans}
-    for count in counts:
-        simulate(model.schedule, grid.pipe, count)  # refuses a schedule that would hang
-        owner = owners(orders(model.schedule, grid.pipe, count))
-        if owner != model.owner:
-            raise ScheduleError(f"with {count} micro-batches the schedule has the chunks on the stages {owner}, but when the "
-                                f"model was placed they were on {model.owner}: a chunk stays where it is")
-    grid.same("the schedule and the number of micro-batches",
-              [grid.lanes, *(orders(model.schedule, grid.pipe, count) for count in sorted(counts))])
-    recomputed = recompute if isinstance(recompute, bool) else grid.stage in recompute
-    _same_weights(model, grid)
+    make = functools.partial(_Plan, model, loss, grid, microbatches, recompute, watch)
+    plan, number = make(), first_step
 
-    mine = model.schedule(grid.stage, grid.pipe, microbatches)
-    interpreter = Interpreter(model, loss, recomputed, watch)
-    numbers = itertools.count(first_step)
-    total = summation(grid, len(model.sums), model.sums.dtype)
-    sums = total.rows[0]
-    model.accumulate_in(sums)
-    leaves = Leaves(model, total.rows, lanes, grid.lanes) if lanes else None
-    # Only these depend on where a share lies in the batch; without them nobody needs to ask.
-    positioned = bool(lanes or model.whole().named((BatchNorm2d, Dropout)))
+    def take(x, y):
+        nonlocal plan
+        if plan.generation != grid.generation:  # ranks were lost
+            plan = make()
+        return plan.take(number, x, y)
 
     def step(x, y):
-        number = next(numbers)
+        nonlocal number
         with recorder.at(f"step {number}"):
-            return take(number, x, y)
+            try:
+                return grid.attempt(take, x, y)
+            except RanksLost:
+                number -= 1  # it was not taken
+                raise
+            finally:
+                number += 1
 
-    def take(number, x, y):
-        first = 0
+    return step
+
+
+class _Plan:
+    """What the step of a model is made of, on the ranks that the grid has now."""
+
+    def __init__(self, model, loss, grid, microbatches, recompute, watch):
+        self.model, self.grid, self.watch, self.generation = model, grid, watch, grid.generation
+        self.lanes = range(*held(grid, grid.replica)) if grid.lanes else None
+        self.microbatches = len(self.lanes) if self.lanes else microbatches
+        self.multiple = samples_together(model.whole(), grid.lanes or grid.data * microbatches)
+        spans = [held(grid, replica) for replica in range(grid.data)] if self.lanes else [(0, microbatches)]
+        counts = {stop - start for start, stop in spans}
+        for count in counts:
+            simulate(model.schedule, grid.pipe, count)  # refuses a schedule that would hang
+            owner = owners(orders(model.schedule, grid.pipe, count))
+            if owner != model.owner:
+                raise ScheduleError(f"with {count} micro-batches the schedule has the chunks on the stages {owner}, but when "
+                                    f"the model was placed they were on {model.owner}: a chunk stays where it is")
+        grid.same("the schedule and the number of micro-batches",
+                  [grid.lanes, *(orders(model.schedule, grid.pipe, count) for count in sorted(counts))])
+        _same_weights(model, grid)
+        self.actions = model.schedule(grid.stage, grid.pipe, self.microbatches)
+        recomputed = recompute if isinstance(recompute, bool) else grid.stage in recompute
+        self.interpreter = Interpreter(model, loss, recomputed, watch)
+        self.total = summation(grid, len(model.sums), model.sums.dtype)
+        self.sums = self.total.rows[0]
+        model.accumulate_in(self.sums)
+        self.leaves = Leaves(model, self.total.rows, self.lanes, grid.lanes) if self.lanes else None
+        # Only these depend on where a share lies in the batch; without them nobody needs to ask.
+        self.positioned = bool(self.lanes or model.whole().named((BatchNorm2d, Dropout)))
+
+    def take(self, number, x, y):
+        """One step; see :func:`gradient`."""
         if len(x) != len(y):
             raise ValueError(f"x has {len(x)} samples but y has {len(y)}")
-        parts = [share(len(x), m, microbatches, multiple) for m in range(microbatches)]
-        if positioned:
-            first, batch = _position(grid, len(x), multiple)
-            if lanes:
-                bounds = [share(batch, lane, grid.lanes, multiple) for lane in lanes]
-                parts = [(start - first, stop - first) for start, stop in bounds]
+        model, grid, watch, sums = self.model, self.grid, self.watch, self.sums
         if model.sums is not sums:  # another step, for another loss, say, was made or used since
             model.accumulate_in(sums)
-        actions = mine
-        if len(x) < microbatches * multiple or lanes:  # some may be empty, and are left out by all stages alike
-            actions = [a for a in mine if parts[a.microbatch][0] < parts[a.microbatch][1]]
-        if lanes:
-            leaves.clear()
-            for m, (start, stop) in enumerate(parts):
-                if start == stop:
-                    leaves.close(m)
-            local = interpreter.run(actions, x, y, parts, number, first, leaves)
-            leaves.finish()
-        else:
-            sums[:] = 0
-            local = interpreter.run(actions, x, y, parts, number, first)
-            sums[-2:] = local, len(x)
+        local = self._local(number, x, y)
         ready = perf_counter()
-        total()
+        self.total()
         if watch:
             watch.all_reduce(number, ready, perf_counter())
         mean, count = float(sums[-2]), float(sums[-1])
@@ -152,7 +158,29 @@ def gradient(model, loss, grid, microbatches=None, *, recompute=False, watch=Non
             _explain(grid, model, number, x, y, local, mean, count)
         return mean / count
 
-    return step
+    def _local(self, number, x, y):
+        """Put the sums of this rank's share in their rows; return its loss."""
+        first = 0
+        parts = [share(len(x), m, self.microbatches, self.multiple) for m in range(self.microbatches)]
+        if self.positioned:
+            first, batch = _position(self.grid, len(x), self.multiple)
+            if self.lanes:
+                bounds = [share(batch, lane, self.grid.lanes, self.multiple) for lane in self.lanes]
+                parts = [(start - first, stop - first) for start, stop in bounds]
+        # Some may be empty, and are left out by all stages alike.
+        actions = [a for a in self.actions if parts[a.microbatch][0] < parts[a.microbatch][1]]
+        if not self.lanes:
+            self.sums[:] = 0
+            local = self.interpreter.run(actions, x, y, parts, number, first)
+            self.sums[-2:] = local, len(x)
+            return local
+        self.leaves.clear()
+        for m, (start, stop) in enumerate(parts):
+            if start == stop:
+                self.leaves.close(m)
+        local = self.interpreter.run(actions, x, y, parts, number, first, self.leaves)
+        self.leaves.finish()
+        return local
 
 
 def _same_weights(model, grid):

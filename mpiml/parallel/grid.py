@@ -1,5 +1,7 @@
 """The Grid: which ranks work together. The only maker of communicators."""
 
+import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -7,12 +9,21 @@ import os
 import numpy as np
 from mpi4py import MPI
 
-from .group import Group, RankError
-from .recorder import names, recorder
+from . import abort
+from .group import Group, RankError, RanksLost
+from .recorder import ELASTIC, names, recorder
 
 _LONG = 500  # characters of a value that an error shows
 _WORLD_SIZE = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 _SLURM_SIZE = ("SLURM_STEP_NUM_TASKS",)  # also in what an mpirun inside of a step starts, so it counts if it stands alone
+
+
+def _on_those_left(method):
+    @functools.wraps(method)
+    def tried(self, *args):
+        return self.again(method, self, *args)
+
+    return tried
 
 
 class Grid:
@@ -42,6 +53,11 @@ class Grid:
     stage, pipe : int
         This rank's stage of the pipeline and the number of stages.
     lanes : int or None
+    elastic : bool
+        Whether the grid outlives its ranks: where MPI was started fault-tolerant (Open MPI: ``mpirun --with-ft ulfm``), and
+        without a pipeline.
+    generation : int
+        How many times ranks were lost.
 
     Raises
     ------
@@ -63,8 +79,13 @@ class Grid:
         self.lanes = lanes
         if MPI.Comm.Compare(comm, MPI.COMM_WORLD) in (MPI.IDENT, MPI.CONGRUENT):
             recorder.start(MPI.COMM_WORLD)
-        self.comm = Group(comm).Dup()
-        self.rank, self.size = comm.rank, comm.size
+        self.generation, self._attempting = 0, False
+        self.elastic = ELASTIC and pipe == 1
+        self._divide(Group(comm).Dup())
+
+    def _divide(self, comm):
+        """Make the communicators of the grid's parts."""
+        self.comm, self.rank, self.size = comm, comm.rank, comm.size
         self.stage, self.replica = divmod(self.rank, self.data)
         self.node = self.comm.Split_type(MPI.COMM_TYPE_SHARED)
         self.stages = self.comm.Split(self.replica)  # the stages of this replica, in their order
@@ -75,6 +96,74 @@ class Grid:
     def __repr__(self):
         return f"Grid(data={self.data}, pipe={self.pipe}), rank {self.rank} of {self.size}"
 
+    def attempt(self, work, *args):
+        """``work(*args)``; if ranks die meanwhile and the grid is elastic, go on without them.
+
+        To be called on all ranks together. Either all that live end it, or none.
+
+        Raises
+        ------
+        RanksLost
+            On all ranks that are left: some died. The grid is then a smaller one, and ``generation`` one more.
+        """
+        if not self.elastic or self._attempting:
+            return work(*args)
+        self._attempting = True
+        try:
+            result, problem = None, None
+            try:
+                result = work(*args)
+            except RanksLost as error:
+                problem = error
+                self.comm.Revoke()  # wakes the ranks that wait for others
+                self.replicas.Revoke()
+            try:
+                with self.comm.waiting("agreeing on what was done"):
+                    done = self.comm.Agree(problem is None)
+            except MPI.Exception:
+                done = False  # on all ranks alike
+            if not done:
+                raise RanksLost(self._go_on_without()) from problem
+            return result
+        finally:
+            self._attempting = False
+
+    def again(self, work, *args):
+        """:meth:`attempt`, and on as many ranks as are left until it is done: for work that changes nothing."""
+        while True:
+            try:
+                return self.attempt(work, *args)
+            except RanksLost:
+                if self._attempting or not self.elastic:
+                    raise
+
+    def _go_on_without(self):
+        """Become a grid of the ranks that live; who died, as text."""
+        before, size = self.comm.ranks, self.size
+        self.comm.Revoke()
+        comm = self.comm
+        while True:
+            comm = Group(comm.Shrink())
+            self.data = comm.size
+            try:
+                self._divide(comm)
+                break
+            except (MPI.Exception, RanksLost):  # one more
+                comm.Revoke()
+        self.generation += 1
+        abort.farewells_of_survivors[:] = [self._leave]
+        lost = sorted(set(before) - set(self.comm.ranks))
+        text = f"{names(lost)} died: {self.size} of {size} ranks are left, and go on"
+        if self.rank == 0:
+            abort.say(f"mpiml: {text}\n")
+        return f"{text}. To try the same batch again: try: loss = step(x, y); except RanksLost: continue"
+
+    def _leave(self):
+        """Wait at the end of the program for all that are left."""
+        with contextlib.suppress(MPI.Exception, RanksLost):
+            self.comm.Barrier()
+
+    @_on_those_left
     def texts(self, text):
         """Every rank's ``text``, on every rank; for start-up and errors, not for the training loop."""
         mine = np.frombuffer(text.encode(), np.uint8)
@@ -84,6 +173,7 @@ class Grid:
         self.comm.Allgatherv(mine, [everything, lengths])
         return [part.tobytes().decode() for part in np.split(everything, np.cumsum(lengths)[:-1])]
 
+    @_on_those_left
     def same(self, what, value):
         """Make sure that ``repr(value)`` is the same on all ranks.
 
@@ -105,12 +195,14 @@ class Grid:
                 f"{names(ranks)} ha{'s' if len(ranks) == 1 else 've'} {text}"
                 for text, ranks in groups.items()), odd)
 
+    @_on_those_left
     def all(self, flag):
         """True on every rank if ``flag`` is true on every rank."""
         verdict = np.array([bool(flag)], np.int64)
         self.comm.Allreduce(MPI.IN_PLACE, verdict, MPI.MIN)
         return bool(verdict[0])
 
+    @_on_those_left
     def once_per_node(self, function, *args):
         """Call ``function`` on one rank of each node while the others wait; return its node's result on every rank.
 

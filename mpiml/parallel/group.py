@@ -8,6 +8,8 @@ from mpi4py import MPI
 
 from .recorder import Wait, apart, recorder
 
+_LOST = MPI.ERR_PROC_FAILED, MPI.ERR_PROC_FAILED_PENDING, MPI.ERR_REVOKED
+
 
 class RankError(RuntimeError):
     """An error that all ranks found together; ``ranks`` are those that caused it."""
@@ -15,6 +17,10 @@ class RankError(RuntimeError):
     def __init__(self, message, ranks):
         super().__init__(message)
         self.ranks = ranks
+
+
+class RanksLost(RuntimeError):
+    """Ranks died, and the others go on as a smaller grid: what was under way was undone and is to be tried again."""
 
 
 class Group(MPI.Intracomm):
@@ -70,14 +76,19 @@ def _checked(name, form=None):
     collective = getattr(MPI.Intracomm, name)
 
     def checked(self, *args):
-        if self.size == 1 or not recorder.on:
+        if self.size == 1:
             return collective(self, *args)
         text = name
         if form is not None and isinstance(args[form], np.ndarray):
             text = f"{name} of {args[form].size} {args[form].dtype}"
-        with self.waiting(text) as wait:
-            self.compare(wait.what)
-            return collective(self, *args)
+        try:
+            with self.waiting(text) as wait:
+                self.compare(wait.what)
+                return collective(self, *args)
+        except MPI.Exception as error:
+            if error.Get_error_class() in _LOST:
+                raise RanksLost(f"{error} in {recorder.told(text)}") from error
+            raise
 
     checked.__doc__ = collective.__doc__
     return checked

@@ -41,7 +41,7 @@ def predict(model, x, grid, size=256, transform=None):
         The ranks disagree on the number of samples.
     """
     with recorder.at("predict"):
-        return _predict(model, x, grid, size, transform)
+        return grid.again(_predict, model, x, grid, size, transform)
 
 
 def _predict(model, x, grid, size, transform):

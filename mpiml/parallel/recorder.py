@@ -26,6 +26,7 @@ from mpi4py import MPI
 
 from . import abort, shared
 
+ELASTIC = os.environ.get("OMPI_MCA_mpi_ft_enable") == "1"  # mpirun --with-ft ulfm: MPI itself tells of ranks that died
 RUNNING, WAITING, LEFT, FAILED = range(4)
 _NOTE = struct.Struct("<qqqd32s?183s")  # state, number of the note, process, time, for whom, others too, in what: 248 bytes
 _ROOM = 256  # bytes for a note; ranks of a node that can be told apart
@@ -152,7 +153,7 @@ class Recorder:
         late = [note for i, note in enumerate(notes) if mine.mask >> i & 1 and note is not mine]
         waited = now - mine.since - turn
         for note in late:
-            gone = note.pid and _process(note.pid) is None
+            gone = note.pid and not ELASTIC and _process(note.pid) is None
             if (note.state == LEFT or gone) and waited > _LEFT and now - note.since > _LEFT:
                 how = "has left the program" if note.state == LEFT else "is gone: its process has vanished"
                 self._end(notes, f"rank {note.rank} {how}, but rank {mine.rank} waits for it in {mine.what}")
