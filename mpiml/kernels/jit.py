@@ -33,6 +33,7 @@ import numba
 from numba.core import config, serialize
 from numba.core.caching import FunctionCache, IndexDataCacheFile, NullCache
 from numba.core.compiler_lock import global_compiler_lock
+from numba.core.runtime import rtsys
 
 from mpiml import cores
 
@@ -233,11 +234,13 @@ class _NodeCache(FunctionCache):
         return code
 
     def _load(self, sig, target_context):
-        code = super().load_overload(sig, target_context)
-        if code is None and self._common:
-            data = self._common.load(self._index_key(sig, target_context.codegen()))
-            code = None if data is None else self._impl.rebuild(target_context, data)
-        return code
+        # Not numba's load_overload: it first imports all that compiling may need, SciPy included.
+        rtsys.initialize(target_context)
+        key = self._index_key(sig, target_context.codegen())
+        data = self._cache_file.load(key)
+        if data is None and self._common:
+            data = self._common.load(key)
+        return None if data is None else self._impl.rebuild(target_context, data)
 
     def save_overload(self, sig, data):
         with contextlib.suppress(OSError):  # a full disk: this process goes on with what it has compiled
