@@ -137,8 +137,13 @@ def silent():
 
 @functools.cache
 def _read(path):
-    with open(path, "rb") as file:
-        return file.read()
+    """The text of a source file, and the files of its folder that it imports."""
+    text = b""
+    with contextlib.suppress(OSError):  # no such file: a notebook, a package without sources
+        with open(path, "rb") as file:
+            text = file.read()
+    names = re.findall(rb"^\s*from \.(\w+) import", text, re.MULTILINE)
+    return text, [os.path.join(os.path.dirname(path), name.decode() + ".py") for name in names]
 
 
 @functools.cache
@@ -150,11 +155,8 @@ def _digest(path):
     while paths:
         path = paths.pop()
         if path not in texts:
-            texts[path] = b""
-            with contextlib.suppress(OSError):  # no such file: a notebook, a package without sources
-                texts[path] = _read(path)
-            paths += [os.path.join(os.path.dirname(path), name.decode() + ".py")
-                      for name in re.findall(rb"^\s*from \.(\w+) import", texts[path], re.MULTILINE)]
+            texts[path], imported = _read(path)
+            paths += imported
     return hashlib.blake2b(b"\0".join(texts[path] for path in sorted(texts)), digest_size=16).hexdigest()
 
 
