@@ -5,7 +5,7 @@ import numpy as np
 from mpiml import kernels as k
 from mpiml.tensor import op
 
-from .check import floats, image, pair, same_dtype, vectors, windows
+from .check import floats, image, pair, windows
 
 
 @op
@@ -28,19 +28,7 @@ def linear(x, weight, bias=None, relu=False):
 @op
 def conv2d(x, weight, bias=None, stride=1, padding=0, dilation=1, groups=1, relu=False):
     """Cross-correlation of x (n, c, h, w) with weight (out, c / groups, kh, kw), plus bias (out,); max(., 0) with ``relu``."""
-    image("conv2d", x)
-    same_dtype("conv2d", x, weight)
-    stride, padding, dilation = pair("stride", stride), pair("padding", padding), pair("dilation", dilation)
-    if weight.ndim != 4 or groups < 1:
-        raise ValueError(f"conv2d takes a weight of shape (out, channels / groups, height, width) and groups >= 1, not "
-                         f"{weight.shape} and {groups}")
-    if x.shape[1] != weight.shape[1] * groups or weight.shape[0] % groups:
-        raise ValueError(f"conv2d with weight {weight.shape} and groups={groups} takes {weight.shape[1] * groups} "
-                         f"channels, but the input of shape {x.shape} has {x.shape[1]}; the outputs must be a "
-                         f"multiple of the groups")
-    vectors("conv2d", x, weight.shape[:1], bias=bias)
-    windows("conv2d", x, weight.shape[2:], stride, padding, dilation)
-    windows_of = stride, padding, dilation, groups
+    windows_of = pair("stride", stride), pair("padding", padding), pair("dilation", dilation), groups
     y = k.conv2d(x, weight, *windows_of, bias, relu)
     positive = y if relu else None
 
