@@ -157,9 +157,8 @@ class Node:
     __slots__ = ("dtype", "edges", "joint", "shape")
     grad = None  # only leaves keep one
 
-    def __init__(self, edges, joint, value):
-        self.edges, self.joint = edges, joint
-        self.shape, self.dtype = value.shape, value.dtype
+    def __init__(self, edges, joint, shape, dtype):
+        self.edges, self.joint, self.shape, self.dtype = edges, joint, shape, dtype
 
 
 def value_of(x):
@@ -203,22 +202,32 @@ def op(rule):
         value, vjps = rule(*values, **options)
         if not edges:
             return value
+        value = np.asarray(value)  # a loss is a number
+        dtype = value.dtype
         for _, i in edges:
-            if value.dtype != values[i].dtype:
-                raise TypeError(f"{name} of {_kinds(args)} gives {value.dtype}: use one of float32 and float64 "
-                                f"throughout, with .astype(np.{values[i].dtype})")
+            if values[i].dtype != dtype:
+                raise TypeError(f"{name} of {_kinds(args)} gives {dtype}: use one of float32 and float64 throughout, with "
+                                f".astype(np.{values[i].dtype})")
         joint = vjps if callable(vjps) else None
         if joint is None:
-            for _, i in edges:
-                if i >= len(vjps) or vjps[i] is None:
-                    raise TypeError(f"{name} has no gradient for its argument {i + 1}: pass a plain array")
-            edges = [(place, vjps[i]) for place, i in edges]
-        result = Tensor(value)
-        result.node = Node(edges, joint, result.value)
-        return result
+            edges = [(place, _vjp(name, vjps, i)) for place, i in edges]
+        return _on_tape(value, Node(edges, joint, value.shape, dtype))
 
     apply.rule = rule
     return apply
+
+
+def _vjp(name, vjps, i):
+    if i >= len(vjps) or vjps[i] is None:
+        raise TypeError(f"{name} has no gradient for its argument {i + 1}: pass a plain array")
+    return vjps[i]
+
+
+def _on_tape(value, node):
+    """The Tensor of an op's value, which needs no check."""
+    tensor = Tensor.__new__(Tensor)
+    tensor.value, tensor.grad, tensor.node = value, None, node
+    return tensor
 
 
 def _kinds(args):
@@ -279,7 +288,8 @@ def backward(root, gradient=None, wrt=None, later=None):
             part = vjp(g) if joint is None else parts[vjp]
             left = uses[argument] = uses[argument] - 1
             if isinstance(argument, Node):
-                _check(part, argument, joint or vjp)
+                if type(part) is not np.ndarray or part.shape != argument.shape or part.dtype != argument.dtype:
+                    _check(part, argument, joint or vjp)
                 gradients[argument] = gradients[argument] + part if argument in gradients else part
                 if not left:
                     ready.append(argument)
