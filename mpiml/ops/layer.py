@@ -5,7 +5,7 @@ import numpy as np
 from mpiml import kernels as k
 from mpiml.tensor import op
 
-from .check import floats, image, pair, windows
+from .check import image, pair, windows
 
 
 @op
@@ -59,7 +59,6 @@ def max_pool2d(x, kernel_size, stride=None, padding=0):
 @op
 def avg_pool2d(x, kernel_size, stride=None, padding=0):
     """Mean of each window of x (n, c, h, w), padding counted as zeros; ``stride`` is the window's size by default."""
-    floats("avg_pool2d", x)
     image("avg_pool2d", x)
     size = pair("kernel_size", kernel_size)
     stride, padding = pair("stride", kernel_size if stride is None else stride), pair("padding", padding)
