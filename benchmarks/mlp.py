@@ -4,7 +4,8 @@
 
 Both take the same steps from the same weights on the same data, through their public interfaces, and are timed in
 turn: one round of each, again and again; the figures are medians over the rounds, and the ratio is that of each
-pair of rounds.
+pair of rounds. Last comes what a layer costs beyond its arithmetic: the time that one more Linear(4, 4) with its relu
+takes, forward and backward, on one sample.
 """
 
 # isort: off
@@ -51,6 +52,16 @@ def theirs(optimizer, x, y, model):
     return step
 
 
+def tiny(layers):
+    """Forward and backward through so many layers with next to nothing to compute, ours and theirs."""
+    model = Sequential(*[layer for _ in range(layers) for layer in (Linear(4, 4), relu)]).init(seed=0)
+    nn = torch.nn
+    net = nn.Sequential(*[layer for _ in range(layers) for layer in (nn.Linear(4, 4), nn.ReLU())])
+    x, g = np.ones((1, 4), np.float32), np.ones((1, 4), np.float32)
+    torch_x, torch_g = torch.from_numpy(x), torch.from_numpy(g)
+    return lambda: model(x, training=True).backward(g), lambda: net(torch_x).backward(torch_g)
+
+
 def main():
     print(f"{versions()}; medians of {ROUNDS} rounds of {STEPS} steps")
     print(f"{'':14}{'mpiml':>10}{'torch':>10}{'ratio':>8}")
@@ -65,6 +76,9 @@ def main():
             assert np.allclose(*zip(*first, strict=True), rtol=1e-3), "the two do not train alike"
             us, torchs, _, ratio = against(alternate([mine, other], ROUNDS, STEPS))
             print(f"{optimizer:5} batch {batch:<3}{us * 1e6:>8.0f}us{torchs * 1e6:>8.0f}us{ratio:>8.2f}")
+    times = alternate([*tiny(2), *tiny(12)], ROUNDS)
+    us, torchs = np.median((times[:, 2:] - times[:, :2]) / 10, axis=0)
+    print(f"{'a layer':14}{us * 1e6:>8.1f}us{torchs * 1e6:>8.1f}us{torchs / us:>8.2f}")
 
 
 main()

@@ -18,8 +18,9 @@ from . import cores, memory
 cores.share_cores()  # before NumPy loads
 memory.keep_freed_memory()
 
-from . import data, kernels, nn, ops, optim  # noqa: E402
-from .tensor import Tensor, op  # noqa: E402
+with memory.without_collector():  # importing numba makes 200,000 objects, and nothing that could be freed
+    from . import data, kernels, nn, ops, optim
+    from .tensor import Tensor, op
 
 __version__ = "0.1.0"
 __all__ = ["Tensor", "data", "kernels", "nn", "op", "ops", "optim"]

@@ -1,11 +1,13 @@
-"""Keeping freed memory for the next step.
+"""Keeping freed memory for the next step, and Python's collector of garbage from a start-up that makes none.
 
 A training step allocates arrays of megabytes and frees them again. The C library hands each of them back to the system
 at once, which then clears every page of the next one: a third of the time of a small convolutional network. What
 is freed stays with the process here, so the second step finds the pages of the first.
 """
 
+import contextlib
 import ctypes
+import gc
 import os
 
 # <malloc.h> of glibc, where these parameters of mallopt have been the same since the 1990s.
@@ -23,3 +25,18 @@ def keep_freed_memory():
     except (AttributeError, OSError, TypeError):  # another C library
         return False
     return bool(mallopt(_TRIM_THRESHOLD, KEPT) and mallopt(_MMAP_THRESHOLD, LARGEST))
+
+
+@contextlib.contextmanager
+def without_collector():
+    """Do not look for garbage meanwhile, nor again and again at what was made: it counts as old at once."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            if not gc.get_freeze_count():  # what the user has frozen stays so
+                gc.freeze()
+                gc.unfreeze()  # into the oldest generation
+            gc.enable()

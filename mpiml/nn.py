@@ -304,10 +304,10 @@ class Conv2d(Module):
         bound = (in_channels // groups * kh * kw) ** -0.5
         self.weight = Parameter((out_channels, in_channels // groups, kh, kw), uniform(bound), order="F")
         self.bias = Parameter((out_channels,), uniform(bound)) if bias else None
-        self.options = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
+        self.options = stride, padding, dilation, groups
 
     def __call__(self, x, training=False, relu=False):
-        return ops.conv2d(x, *given(training, self.weight, self.bias), **self.options, relu=relu)
+        return ops.conv2d(x, *given(training, self.weight, self.bias), *self.options, relu)
 
 
 class MaxPool2d(Module):

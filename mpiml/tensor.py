@@ -155,10 +155,10 @@ class Node:
     """
 
     __slots__ = ("dtype", "edges", "joint", "shape")
+    grad = None  # only leaves keep one
 
-    def __init__(self, edges, joint, value):
-        self.edges, self.joint = edges, joint
-        self.shape, self.dtype = value.shape, value.dtype
+    def __init__(self, edges, joint, shape, dtype):
+        self.edges, self.joint, self.shape, self.dtype = edges, joint, shape, dtype
 
 
 def value_of(x):
@@ -193,27 +193,41 @@ def op(rule):
             bound = signature.bind(*args, **options)
             bound.apply_defaults()  # behind an argument left out, a Tensor would stay a keyword
             args, options = bound.args, bound.kwargs
-        values = [a.value if isinstance(a, Tensor) else a for a in args]
-        value, vjps = rule(*values, **options)
-        joint = vjps if callable(vjps) else None
-        edges = []
+        values, edges = [], []
         for i, a in enumerate(args):
-            if values[i] is a:
-                continue  # a plain array
-            if joint is None and (i >= len(vjps) or vjps[i] is None):
-                raise TypeError(f"{name} has no gradient for its argument {i + 1}: pass a plain array")
-            if value.dtype != a.value.dtype:
-                raise TypeError(f"{name} of {_kinds(args)} gives {value.dtype}: use one of float32 and float64 "
-                                f"throughout, with .astype(np.{a.value.dtype})")
-            edges.append((a if a.node is None else a.node, vjps[i] if joint is None else i))
+            if isinstance(a, Tensor):
+                edges.append((a.node or a, i))
+                a = a.value
+            values.append(a)
+        value, vjps = rule(*values, **options)
         if not edges:
             return value
-        result = Tensor(value)
-        result.node = Node(edges, joint, result.value)
-        return result
+        value = np.asarray(value)  # a loss is a number
+        dtype = value.dtype
+        for _, i in edges:
+            if values[i].dtype != dtype:
+                raise TypeError(f"{name} of {_kinds(args)} gives {dtype}: use one of float32 and float64 throughout, with "
+                                f".astype(np.{values[i].dtype})")
+        joint = vjps if callable(vjps) else None
+        if joint is None:
+            edges = [(place, _vjp(name, vjps, i)) for place, i in edges]
+        return _on_tape(value, Node(edges, joint, value.shape, dtype))
 
     apply.rule = rule
     return apply
+
+
+def _vjp(name, vjps, i):
+    if i >= len(vjps) or vjps[i] is None:
+        raise TypeError(f"{name} has no gradient for its argument {i + 1}: pass a plain array")
+    return vjps[i]
+
+
+def _on_tape(value, node):
+    """The Tensor of an op's value, which needs no check."""
+    tensor = Tensor.__new__(Tensor)
+    tensor.value, tensor.grad, tensor.node = value, None, node
+    return tensor
 
 
 def _kinds(args):
@@ -273,24 +287,27 @@ def backward(root, gradient=None, wrt=None, later=None):
         for argument, vjp in edges:
             part = vjp(g) if joint is None else parts[vjp]
             left = uses[argument] = uses[argument] - 1
-            if isinstance(argument, Tensor):
+            if isinstance(argument, Node):
+                if type(part) is not np.ndarray or part.shape != argument.shape or part.dtype != argument.dtype:
+                    _check(part, argument, joint or vjp)
+                gradients[argument] = gradients[argument] + part if argument in gradients else part
+                if not left:
+                    ready.append(argument)
+            else:
                 if part is not None or joint is None:  # else it was added
                     _accumulate(argument, part, joint or vjp)
                 if not left:
                     yield argument
-            else:
-                _check(part, argument, joint or vjp)
-                gradients[argument] = gradients[argument] + part if argument in gradients else part
-                if not left:
-                    ready.append(argument)
 
 
 def _all(edges, joint, g):
     """The gradients for all arguments of an op with a joint vjp; None for those that it added to their leaf's."""
-    offers = [None] * (edges[-1][1] + 1) if edges else []
+    if not edges:
+        return []
+    offers = [None] * (edges[-1][1] + 1)
     for argument, i in edges:
-        offers[i] = argument.grad if isinstance(argument, Tensor) and argument.grad is not None else True
-    return joint(g, offers) if edges else []
+        offers[i] = True if argument.grad is None else argument.grad
+    return joint(g, offers)
 
 
 def _contribute(edges, joint, g):

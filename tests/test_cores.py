@@ -332,7 +332,7 @@ def test_threads_that_compile_at_once(own_lock, monkeypatch):
             time.sleep(0.1)  # the other thread comes in meanwhile
 
     monkeypatch.setattr(jit._NodeCache, "save_overload", lambda *args: None)
-    monkeypatch.setattr(jit.FunctionCache, "load_overload", load)
+    monkeypatch.setattr(jit._NodeCache, "_load", load)
     first, second = jit.kernel(lambda x: x + 1), jit.kernel(lambda x: x * 2)
     thread = threading.Thread(target=first, args=(10.0,))
     thread.start()
@@ -347,7 +347,7 @@ def test_threads_that_compile_at_once(own_lock, monkeypatch):
 def test_without_a_lock_it_compiles_all_the_same(trouble, own_lock, tmp_path, monkeypatch):
     fcntl = pytest.importorskip("fcntl")
     monkeypatch.setattr(jit._NodeCache, "save_overload", lambda *args: None)
-    monkeypatch.setattr(jit.FunctionCache, "load_overload", lambda *args: None)
+    monkeypatch.setattr(jit._NodeCache, "_load", lambda *args: None)
     if trouble == "folder":
         monkeypatch.setattr(jit.tempfile, "tempdir", str(tmp_path / "nowhere"))
     else:

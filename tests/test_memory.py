@@ -1,5 +1,6 @@
 """Freed memory stays with the process, where its C library is glibc and the user has not set it otherwise."""
 
+import gc
 import platform
 import subprocess
 import sys
@@ -50,3 +51,24 @@ def test_another_c_library_is_left_alone(monkeypatch):
     from mpiml import memory
     monkeypatch.setattr(memory.ctypes, "CDLL", lambda name: object())
     assert memory.keep_freed_memory() is False
+
+
+def test_the_collector_rests_while_nothing_can_be_freed():
+    from mpiml import memory
+    made = []
+    with memory.without_collector():
+        assert not gc.isenabled()
+        made.append([[] for _ in range(10000)])
+    assert gc.isenabled() and gc.get_freeze_count() == 0
+    assert any(thing is made for thing in gc.get_objects(generation=2))
+
+
+def test_a_collector_that_the_user_switched_off_stays_off():
+    from mpiml import memory
+    gc.disable()
+    try:
+        with memory.without_collector():
+            pass
+        assert not gc.isenabled()
+    finally:
+        gc.enable()

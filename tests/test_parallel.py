@@ -2,6 +2,7 @@
 
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -27,6 +28,7 @@ from mpiml.nn import (
 from mpiml.ops import cross_entropy, gelu, identity, mse_loss, relu
 from mpiml.optim import SGD, Adam, clip_norm
 from mpiml.parallel import Grid, RankError, Watch, evaluate, gradient, place
+from mpiml.parallel import grid as grid_module
 from mpiml.parallel.shared import SharedSum
 from mpiml.parallel.sum import PlainSum, summation
 from mpiml.schedule import F
@@ -291,6 +293,41 @@ def test_once_per_node():
     assert 0 in caught.value.ranks
     assert GRID.all(True)
     assert GRID.all(GRID.rank > 0) is False
+
+
+def test_arrays_once_per_node():
+    calls = []
+
+    def make(n):
+        calls.append(n)
+        return [np.arange(n, dtype=np.uint8), np.full((2, 3), 0.5), np.ones((4, 0), np.float32), np.arange(6).reshape(2, 3).T]
+
+    arrays = GRID.arrays_once_per_node(make, 5)
+    assert len(calls) == (GRID.node.rank == 0 or not SHARED)
+    for array, expected in zip(arrays, make(5), strict=True):
+        np.testing.assert_array_equal(array, expected)
+        assert array.dtype == expected.dtype and array.flags.writeable
+    arrays[0][:] = GRID.rank
+    GRID.comm.Barrier()
+    assert (arrays[0] == GRID.rank).all()
+
+
+@pytest.mark.parametrize("trouble", ["folder", "room"])
+def test_arrays_are_made_by_each_rank_where_memory_cannot_be_shared(trouble, monkeypatch):
+    if trouble == "folder":
+        monkeypatch.setattr(grid_module, "_SHARED", "/nowhere")
+    else:
+        monkeypatch.setattr(grid_module.shutil, "disk_usage", lambda path: SimpleNamespace(free=10))
+    array, = GRID.arrays_once_per_node(lambda: [np.full(100, GRID.rank)])
+    assert (array == GRID.rank).all()
+
+
+def test_what_goes_wrong_with_arrays_is_raised_on_every_rank():
+    def broken():
+        raise FileNotFoundError("no such data")
+
+    with pytest.raises(FileNotFoundError, match="no such data"):
+        GRID.arrays_once_per_node(broken)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])

@@ -36,7 +36,7 @@ def mnist(folder=None, grid=None):
     folder : path, optional
         Holds the four IDX files, plain or gzipped.
     grid : mpiml.parallel.Grid, optional
-        The ranks that load together: all of them get the same data set.
+        The ranks that load together: all of them get the same data set, read once on each node.
 
     Returns
     -------
@@ -55,19 +55,24 @@ def mnist(folder=None, grid=None):
         grid.same("whether a folder with MNIST was named, by argument or MPIML_DATA,", bool(folder))
     if folder:
         folder = Path(folder)
-        return load(folder if (folder / "mnist").is_dir() is False else folder / "mnist")
+        return load(folder / "mnist" if (folder / "mnist").is_dir() else folder, grid)
     cache, problem = grid.once_per_node(fetch) if grid else fetch()
     reached = grid.all(cache is not None) if grid else cache is not None
     if reached:
-        return load(cache)
+        return load(cache, grid)
     if grid is None or grid.rank == 0:
         print(f"mpiml: MNIST is not at hand ({problem or 'another node could not get it'}): using the 1,797 digits of "
               f"scikit-learn; mnist(FOLDER) or MPIML_DATA can name a folder with the IDX files", file=sys.stderr, flush=True)
     return digits()
 
 
-def load(folder):
+def load(folder, grid=None):
     """MNIST from the four IDX files in ``folder``, plain or gzipped; see :func:`mnist`."""
+    x, y, x_test, y_test = grid.arrays_once_per_node(_read, folder) if grid else _read(folder)
+    return (x, y), (x_test, y_test)
+
+
+def _read(folder):
     paths = [_find(Path(folder), name) for name in FILES]
     arrays = [read_idx(path) for path in paths]
     for i in 0, 2:
@@ -82,7 +87,7 @@ def load(folder):
             raise ValueError(f"{paths[i + 1]} holds the label {labels.max()} at position {labels.argmax()}: digits run "
                              f"from 0 to 9")
     x, y, x_test, y_test = arrays
-    return (x[:, None], y.astype(np.int64)), (x_test[:, None], y_test.astype(np.int64))
+    return x[:, None], y.astype(np.int64), x_test[:, None], y_test.astype(np.int64)
 
 
 def _find(folder, name):

@@ -164,9 +164,10 @@ def linear_vjp(g, x, weight, y=None, dx=None, dweight=None, dbias=None, add=Fals
     check_writable(dx, dweight, dbias)
     if dx is not None and not dx.flags.c_contiguous:
         refuse("linear_vjp writes to a C-contiguous dx")
-    none = np.empty((0, 0), g.dtype)
-    if not _linear_vjp(np.ascontiguousarray(_rows(g)), _rows(x), weight, none if y is None else _rows(y),
-                       none if dx is None else _rows(dx), none if dweight is None else dweight,
+    if not _linear_vjp(np.ascontiguousarray(_rows(g)), _rows(x), weight,
+                       np.empty((0, 0), g.dtype) if y is None else _rows(y),
+                       np.empty((0, 0), g.dtype) if dx is None else _rows(dx),
+                       np.empty((0, 0), g.dtype) if dweight is None else dweight,
                        np.empty(0, g.dtype) if dbias is None else dbias, add):
         refuse("linear_vjp got a gradient of shape {}, an input of shape {} and a weight of shape {}, or a y, dx, dweight "
                "or dbias of another shape, or a dweight neither C- nor Fortran-contiguous", g.shape, x.shape, weight.shape)

@@ -21,11 +21,8 @@ from .simd import lanes, load, load_part, select, store, store_part
 
 def line(x):
     """The elements of an array without gaps, in the order of memory; None if there are gaps."""
-    if not x.flags.c_contiguous:
-        x = x.transpose(sorted(range(x.ndim), key=lambda axis: -x.strides[axis]))
-        if not x.flags.c_contiguous:
-            return None
-    return x.reshape(-1)
+    flat = x.ravel(order="K")
+    return None if flat.flags.owndata else flat  # of an array with gaps it is a copy
 
 
 def line_like(x, y):

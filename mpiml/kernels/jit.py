@@ -33,6 +33,7 @@ import numba
 from numba.core import config, serialize
 from numba.core.caching import FunctionCache, IndexDataCacheFile, NullCache
 from numba.core.compiler_lock import global_compiler_lock
+from numba.core.runtime import rtsys
 
 from mpiml import cores
 
@@ -136,8 +137,13 @@ def silent():
 
 @functools.cache
 def _read(path):
-    with open(path, "rb") as file:
-        return file.read()
+    """The text of a source file, and the files of its folder that it imports."""
+    text = b""
+    with contextlib.suppress(OSError):  # no such file: a notebook, a package without sources
+        with open(path, "rb") as file:
+            text = file.read()
+    names = re.findall(rb"^\s*from \.(\w+) import", text, re.MULTILINE)
+    return text, [os.path.join(os.path.dirname(path), name.decode() + ".py") for name in names]
 
 
 @functools.cache
@@ -149,11 +155,8 @@ def _digest(path):
     while paths:
         path = paths.pop()
         if path not in texts:
-            texts[path] = b""
-            with contextlib.suppress(OSError):  # no such file: a notebook, a package without sources
-                texts[path] = _read(path)
-            paths += [os.path.join(os.path.dirname(path), name.decode() + ".py")
-                      for name in re.findall(rb"^\s*from \.(\w+) import", texts[path], re.MULTILINE)]
+            texts[path], imported = _read(path)
+            paths += imported
     return hashlib.blake2b(b"\0".join(texts[path] for path in sorted(texts)), digest_size=16).hexdigest()
 
 
@@ -233,11 +236,13 @@ class _NodeCache(FunctionCache):
         return code
 
     def _load(self, sig, target_context):
-        code = super().load_overload(sig, target_context)
-        if code is None and self._common:
-            data = self._common.load(self._index_key(sig, target_context.codegen()))
-            code = None if data is None else self._impl.rebuild(target_context, data)
-        return code
+        # Not numba's load_overload: it first imports all that compiling may need, SciPy included.
+        rtsys.initialize(target_context)
+        key = self._index_key(sig, target_context.codegen())
+        data = self._cache_file.load(key)
+        if data is None and self._common:
+            data = self._common.load(key)
+        return None if data is None else self._impl.rebuild(target_context, data)
 
     def save_overload(self, sig, data):
         with contextlib.suppress(OSError):  # a full disk: this process goes on with what it has compiled

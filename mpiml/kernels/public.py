@@ -9,7 +9,7 @@ import numba
 import numpy as np
 from numba.extending import overload, register_jitable
 
-_FLOAT32, _FLOAT64 = np.dtype(np.float32), np.dtype(np.float64)
+_FLOATS = np.dtype(np.float32), np.dtype(np.float64)
 
 
 def public(function):
@@ -35,7 +35,7 @@ def _refuse(text, *values):
 def check_dtypes(name, x, *others):
     """Refuse an ``x`` that is not float32 or float64, and others of another dtype."""
     dtype = x.dtype
-    if dtype != _FLOAT32 and dtype != _FLOAT64:
+    if dtype not in _FLOATS:
         raise TypeError(f"{name} takes float32 or float64, not {dtype}: convert it with .astype(np.float32)")
     for other in others:
         if other is not None and other.dtype != dtype:
@@ -82,6 +82,8 @@ def output(out, shape, dtype):
 @public
 def contiguous_output(out, shape, dtype):
     """As :func:`output`, for kernels that write one row behind the other."""
+    if out is None:
+        return np.empty(shape, dtype)
     y = output(out, shape, dtype)
     if not y.flags.c_contiguous:
         refuse("the result is written to a C-contiguous out, not to one of shape {} with strides {}", y.shape, y.strides)

@@ -20,7 +20,6 @@ from numba import types
 from numba.core import cgutils
 from numba.core.imputils import impl_ret_borrowed
 from numba.extending import intrinsic, overload
-from numba.np.arrayobj import populate_array
 
 from .registers import (
     INT,
@@ -163,6 +162,7 @@ def flat(typing, a):
     kind = types.Array(a.dtype, 1, "A", readonly=not a.mutable)
 
     def code(context, builder, signature, args):
+        from numba.np.arrayobj import populate_array  # brings strings and sets along, which only compiling needs
         source, result = context.make_array(a)(context, builder, args[0]), context.make_array(kind)(context, builder)
         populate_array(result, data=source.data, shape=[source.nitems], strides=[source.itemsize], itemsize=source.itemsize,
                        meminfo=source.meminfo, parent=source.parent)

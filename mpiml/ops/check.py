@@ -44,7 +44,9 @@ def vectors(name, x, shape, **arrays):
 
 def pair(name, value):
     """(height, width) of a number or a pair."""
-    pair = (value, value) if isinstance(value, (int, np.integer)) else tuple(value)
+    if type(value) is int:  # as nearly always
+        return value, value
+    pair = (value, value) if isinstance(value, np.integer) else tuple(value)
     if len(pair) != 2:
         raise ValueError(f"{name} is a number or a pair (height, width), not {value!r}")
     return int(pair[0]), int(pair[1])

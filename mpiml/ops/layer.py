@@ -5,7 +5,7 @@ import numpy as np
 from mpiml import kernels as k
 from mpiml.tensor import op
 
-from .check import floats, image, pair, same_dtype, vectors, windows
+from .check import image, pair, windows
 
 
 @op
@@ -15,7 +15,7 @@ def linear(x, weight, bias=None, relu=False):
     positive = y if relu else None
 
     def vjp(g, into):
-        into_x, into_weight, into_bias, *_ = *into, None, None
+        into_x, into_weight, into_bias = (*into, None, None)[:3]
         dx = None if into_x is None else np.empty(x.shape, x.dtype)
         dweight = np.zeros_like(weight) if into_weight is True else into_weight
         dbias = np.zeros_like(bias) if into_bias is True else into_bias
@@ -28,24 +28,12 @@ def linear(x, weight, bias=None, relu=False):
 @op
 def conv2d(x, weight, bias=None, stride=1, padding=0, dilation=1, groups=1, relu=False):
     """Cross-correlation of x (n, c, h, w) with weight (out, c / groups, kh, kw), plus bias (out,); max(., 0) with ``relu``."""
-    image("conv2d", x)
-    same_dtype("conv2d", x, weight)
-    stride, padding, dilation = pair("stride", stride), pair("padding", padding), pair("dilation", dilation)
-    if weight.ndim != 4 or groups < 1:
-        raise ValueError(f"conv2d takes a weight of shape (out, channels / groups, height, width) and groups >= 1, not "
-                         f"{weight.shape} and {groups}")
-    if x.shape[1] != weight.shape[1] * groups or weight.shape[0] % groups:
-        raise ValueError(f"conv2d with weight {weight.shape} and groups={groups} takes {weight.shape[1] * groups} "
-                         f"channels, but the input of shape {x.shape} has {x.shape[1]}; the outputs must be a "
-                         f"multiple of the groups")
-    vectors("conv2d", x, weight.shape[:1], bias=bias)
-    windows("conv2d", x, weight.shape[2:], stride, padding, dilation)
-    windows_of = stride, padding, dilation, groups
+    windows_of = pair("stride", stride), pair("padding", padding), pair("dilation", dilation), groups
     y = k.conv2d(x, weight, *windows_of, bias, relu)
     positive = y if relu else None
 
     def vjp(g, into):
-        into_x, into_weight, into_bias, *_ = *into, None, None
+        into_x, into_weight, into_bias = (*into, None, None)[:3]
         g = g if positive is None else k.relu_vjp(g, positive)
         return (None if into_x is None else k.conv2d_vjp_x(g, weight, x.shape, *windows_of),
                 None if into_weight is None else k.conv2d_vjp_weight(g, x, weight.shape, *windows_of),
@@ -71,7 +59,6 @@ def max_pool2d(x, kernel_size, stride=None, padding=0):
 @op
 def avg_pool2d(x, kernel_size, stride=None, padding=0):
     """Mean of each window of x (n, c, h, w), padding counted as zeros; ``stride`` is the window's size by default."""
-    floats("avg_pool2d", x)
     image("avg_pool2d", x)
     size = pair("kernel_size", kernel_size)
     stride, padding = pair("stride", kernel_size if stride is None else stride), pair("padding", padding)

@@ -4,7 +4,11 @@ import contextlib
 import functools
 import hashlib
 import json
+import math
+import mmap
 import os
+import shutil
+import tempfile
 
 import numpy as np
 from mpi4py import MPI
@@ -13,6 +17,7 @@ from . import abort
 from .group import Group, RankError, RanksLost
 from .recorder import ELASTIC, names, recorder
 
+_SHARED = "/dev/shm"  # noqa: S108  a folder in memory
 _LONG = 500  # characters of a value that an error shows
 _WORLD_SIZE = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 _SLURM_SIZE = ("SLURM_STEP_NUM_TASKS",)  # also in what an mpirun inside of a step starts, so it counts if it stands alone
@@ -234,6 +239,48 @@ class Grid:
         buffer = text.copy() if self.node.rank == 0 else np.empty(length[0], np.uint8)
         self.node.Bcast(buffer)
         return json.loads(buffer.tobytes())
+
+    @_on_those_left
+    def arrays_once_per_node(self, function, *args):
+        """The arrays that ``function`` returns, made on one rank of each node, in memory that its ranks share.
+
+        To each rank they are its own: what it writes to them the others do not see. Where ranks cannot share memory, or
+        the function raises, all ranks of the node call it themselves.
+
+        Parameters
+        ----------
+        function : callable
+            Returns a list of arrays, the same on all ranks.
+        """
+        if self.all(self.node.size == 1):
+            return function(*args)
+        files, arrays = [], None
+
+        def write():
+            try:
+                made, plan = function(*args), []
+                if 2 * sum(array.nbytes for array in made) > shutil.disk_usage(_SHARED).free:
+                    return None  # MPI and the gradient sum need some, too
+                files.append(tempfile.NamedTemporaryFile(dir=_SHARED, prefix="mpiml-"))
+                for array in made:
+                    plan.append((array.dtype.str, array.shape, files[0].tell()))
+                    files[0].write(np.ascontiguousarray(array))
+                    files[0].write(bytes(-files[0].tell() % 64))
+                files[0].flush()
+            except Exception:
+                return None  # the same happens to all, each for itself
+            return files[0].name, plan
+
+        found = self.once_per_node(write)
+        if found:
+            with contextlib.suppress(OSError), open(found[0], "rb") as file:  # ranks may be in containers of their own
+                memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+                arrays = [np.frombuffer(memory, dtype, math.prod(shape), offset).reshape(shape)
+                          for dtype, shape, offset in found[1]]
+        self.node.Barrier()
+        for file in files:
+            file.close()  # and its name is gone, so that nothing is left behind however the job ends
+        return function(*args) if arrays is None else arrays
 
 
 def _factors(data, pipe, size):
