@@ -60,7 +60,7 @@ _three_five, _three_three, _three_one, _one_five, _one_three, _one_one = (
 
 
 @kernel(exact=True, reads="x")
-def _broadcast(x, xi, x_row, x_pixel, g, gi, g_row, pixels, samples, total, ti, t_row, rows, outputs):
+def broadcast_products(x, xi, x_row, x_pixel, g, gi, g_row, pixels, samples, total, ti, t_row, rows, outputs):
     """All tiles of one product, lanes being output channels: ``rows`` x ``outputs`` sums."""
     out_of_line()
     r = 0
@@ -168,7 +168,7 @@ def weight_gradient(g, x, dw, stride, padding, dilation, groups):
                             column = columns[ox, SOURCE] + kx * column_step
                             xi = ((iy * width + column) * channels + group * inners) * samples
                             if broadcast:
-                                _broadcast(x, xi, row_stride, stride[1] * channels * samples, turned,
+                                broadcast_products(x, xi, row_stride, stride[1] * channels * samples, turned,
                                            (ox - begin) * samples * g_row + group * outputs, g_row, next_ox - ox, samples,
                                            total, at + r * line, line, n, outputs)
                             else:

@@ -142,6 +142,20 @@ def lanewise(typing, tile, a, i, a_row, b, j, b_row, count, width):
 
 
 @intrinsic
+def across(typing, tiles):
+    """The columns of a tuple of tiles, each tile taken as a row: again a tuple of tiles."""
+    tile = tiles.dtype
+    turned = types.UniTuple(types.UniTuple(tile.dtype, len(tiles)), len(tile))
+
+    def code(context, builder, signature, args):
+        rows = [cgutils.unpack_tuple(builder, row) for row in cgutils.unpack_tuple(builder, args[0])]
+        return context.make_tuple(builder, turned, [context.make_tuple(builder, turned.dtype, column)
+                                                    for column in zip(*rows, strict=True)])
+
+    return turned(tiles), code
+
+
+@intrinsic
 def at_least(typing, tile, low):
     """The tile, with each element below its lane of ``low`` raised to that; NaN stays NaN."""
     def code(context, builder, signature, args):

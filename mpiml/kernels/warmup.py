@@ -61,7 +61,8 @@ EXAMPLES = {
     "binary_vjp": lambda x: k.binary_vjp(1.0, x(3, 5), abs(x(3, 5))),
     "conv2d": lambda x: [k.conv2d(x(*IMAGES), x(*WEIGHT), winograd=winograd) for winograd in (False, True)],
     "conv2d_vjp_bias": lambda x: k.conv2d_vjp_bias(x(2, 4, 4, 4)),
-    "conv2d_vjp_weight": lambda x: k.conv2d_vjp_weight(x(2, 4, 4, 4), x(*IMAGES), WEIGHT),
+    "conv2d_vjp_weight": lambda x: [k.conv2d_vjp_weight(x(2, 4, 4, 4), x(*IMAGES), WEIGHT, winograd=winograd)
+                                    for winograd in (False, True)],
     "conv2d_vjp_x": lambda x: k.conv2d_vjp_x(x(2, 4, 4, 4), x(*WEIGHT), IMAGES),
     "dropout": lambda x: k.dropout(x(3, 5), 0.5, 1),
     "embedding": lambda x: k.embedding(LABELS, x(3, 5)),

@@ -1,0 +1,32 @@
+"""Memory that begins at a cache line.
+
+A vector register is as wide as a cache line. Where an array begins anywhere, as those of malloc do, every vector lies
+across two lines, and each load fetches both.
+"""
+
+import numpy as np
+from numba.extending import overload
+
+from .jit import kernel
+
+LINE = 64  # bytes
+
+
+@kernel
+def _empty(size, dtype):
+    memory = np.empty(size + LINE // np.empty(0, dtype).itemsize, dtype)
+    start = -memory.ctypes.data % LINE // memory.itemsize
+    return memory[start:start + size]
+
+
+def empty(size, dtype):
+    """A new array of ``size`` elements, as ``np.empty``."""
+    each = np.dtype(dtype).itemsize
+    memory = np.empty(size + LINE // each, dtype)
+    start = -memory.__array_interface__["data"][0] % LINE // each
+    return memory[start:start + size]
+
+
+@overload(empty)
+def _compiled(size, dtype):
+    return lambda size, dtype: _empty(size, dtype)
