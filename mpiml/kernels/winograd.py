@@ -16,7 +16,7 @@ from .direct import pack
 from .gemm import VECTORS, column_of_tiles
 from .jit import kernel
 from .polynomial import number, vector_function
-from .simd import fma, lanes, load, load_part, maximum, out_of_line, splat, store, store_part
+from .simd import fma, lanes, load, load_part, maximum, out_of_line, prefetch, splat, store, store_part
 from .tile import across, load_tile, store_tile
 
 VALUES = 36
@@ -159,6 +159,18 @@ def _transform_result(m, mi, plane, bias, low, y, yi, top, left, height, width, 
         _store_pixels(_result_pixels(rows[3]), end, least, y, to + 3 * line, pixel, inside, count)
 
 
+@kernel(exact=True, reads="x")
+def prefetch_pixel(x, i, top, left, samples):
+    """Have the pixel at (top, left) of ``samples`` samples from ``i`` brought near, if there is one."""
+    out_of_line()
+    n, channels, height, width = x.shape
+    if 0 <= top < height and 0 <= left < width:
+        at = (top * width + left) * channels * n + i
+        for c in range(channels):
+            for s in range(0, samples, lanes(x)):
+                prefetch(x, at + c * n + s)
+
+
 @kernel(exact=True, reads="x weight bias", writes="y")
 def convolve_by_values(x, weight, bias, relu, y, padding, backward):
     """As :func:`direct.convolve`, for a weight of 3 x 3 without strides, dilation and groups."""
@@ -198,6 +210,12 @@ def convolve_by_values(x, weight, bias, relu, y, padding, backward):
                         transform_image(x, c * samples + i + s, top, left, height, width, channels * samples, count - s,
                                          v, c * panel + (t - first) * count + s, v_plane, square)
             for value in range(VALUES):
+                for t in range(first, end):
+                    if value < 24 and t + together < tiles:
+                        top, left = (t + together) // wide * 4 - above, (t + together) % wide * 4 - before
+                        prefetch_pixel(x, i, top + value // 4, left + 2 + value % 4, count)
+                    if value < 16:
+                        prefetch_pixel(y, i, t // wide * 4 + value // 4, t % wide * 4 + value % 4, count)
                 column_of_tiles(u, value * u_plane, 1, outputs, v, value * v_plane, panel, m, value * m_plane, panel,
                                 outputs, channels, (end - first) * count, False)
             for t in range(first, end):

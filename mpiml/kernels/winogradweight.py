@@ -14,7 +14,7 @@ from .jit import kernel
 from .polynomial import number, vector_function
 from .simd import fma, lanes, out_of_line, splat, store
 from .tile import across, load_tile, store_tile, turn_part
-from .winograd import VALUES, transform_image
+from .winograd import VALUES, prefetch_pixel, transform_image
 
 NEAR = 1 << 19  # bytes of values between two rounds of products
 
@@ -118,6 +118,12 @@ def weight_gradient_by_values(g, x, dw, padding):
                         for k in range(min(full, count - s)):
                             _transform_gradient(turned, k * full, pixel, w, (here + s + k) * line + o, g_plane)
             for value in range(VALUES):
+                for t in range(end, min(tiles, 2 * end - first)):
+                    top, left = t // wide * 4, t % wide * 4
+                    if value < 24:
+                        prefetch_pixel(x, i, top - padding[0] + value // 4, left - padding[1] + 2 + value % 4, count)
+                    if value < 16:
+                        prefetch_pixel(g, i, top + value // 4, left + value % 4, count)
                 broadcast_products(v, value * x_plane, depth, 0, w, value * g_plane, line, 1, (end - first) * count,
                                    sums, value * plane, line, channels, line)
     inner, down, right = dw.strides[1] // dw.itemsize, dw.strides[2] // dw.itemsize, dw.strides[3] // dw.itemsize
