@@ -27,6 +27,16 @@ def empty(size, dtype):
     return memory[start:start + size]
 
 
+def empty_like(x):
+    """A new array whose elements lie in memory as those of ``x``, an array without gaps."""
+    return np.ndarray(x.shape, x.dtype, empty(x.size, x.dtype), 0, x.strides)
+
+
+@overload(empty_like)
+def _compiled_like(x):
+    return lambda x: np.empty_like(x)
+
+
 @overload(empty)
 def _compiled(size, dtype):
     return lambda size, dtype: _empty(size, dtype)

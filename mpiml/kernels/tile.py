@@ -264,6 +264,9 @@ tile_subtract = _tilewise("tile_subtract", 2, lambda builder, kind, a, b: builde
 tile_multiply = _tilewise("tile_multiply", 2, lambda builder, kind, a, b: builder.fmul(a, b))
 tile_fma = _tilewise("tile_fma", 3, lambda builder, kind, a, b, c: emit_call(builder, "fma", kind, a, b, c))
 tile_fma.__doc__ = "a * b + c, rounded once."
+tile_where_positive = _tilewise("tile_where_positive", 2, lambda builder, kind, a, b: builder.select(
+    builder.fcmp_ordered(">", a, ir.Constant(a.type, None)), b, ir.Constant(a.type, None)))
+tile_where_positive.__doc__ = "``b`` in the lanes where ``a`` is above 0, else 0."
 
 
 @intrinsic(prefer_literal=True)
