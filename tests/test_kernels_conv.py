@@ -110,6 +110,26 @@ def test_winograd_is_a_convolution(dtype, layout, n, channels, outputs, size, pa
                                   k.conv2d(x, weight, (1, 1), padding, winograd=True)[part])
 
 
+@pytest.mark.parametrize("n", [1, 8, 150])
+def test_errors_of_winograd_do_not_grow_with_the_batch(n):
+    x, g = normal(1, n, 16, 20, 20), normal(2, n, 16, 20, 20)
+    tx, tg = torch.tensor(x).double(), torch.tensor(g).double()
+    exact = torch.nn.grad.conv2d_weight(tx, (16, 16, 3, 3), tg, padding=1).numpy()
+    ours = k.conv2d_vjp_weight(g, x, (16, 16, 3, 3), (1, 1), (1, 1))
+    assert abs(ours - exact).max() <= 7e-6 * abs(exact).max()
+
+
+def test_images_begin_at_a_cache_line():
+    for shape in (3, 2, 5, 7), (32, 16, 32, 32):
+        for dtype in np.float32, np.float64:
+            x = images(*shape, dtype)
+            assert x.__array_interface__["data"][0] % 64 == 0
+            assert is_batch_innermost(x) and x.shape == shape
+    y = k.relu(images(32, 8, 16, 16, np.float32))
+    assert y.__array_interface__["data"][0] % 64 == 0
+    assert is_batch_innermost(y)
+
+
 def test_winograd_is_used_where_it_pays_and_can_be_forbidden():
     x, weight = normal(1, 3, 32, 16, 16), normal(2, 32, 32, 3, 3)
     how = (1, 1), (1, 1)

@@ -15,6 +15,9 @@ the same for all places: statistics are sums of columns, and what is applied is 
 Variances are taken about the mean and corrected for its rounding: the corrected two-pass algorithm (Chan, Golub and
 LeVeque 1983, "Algorithms for computing the sample variance"). Sums over a channel's places have one partial sum for each
 remainder of the place by the number of lanes, in both layouts, so group norm gives a sample the same bits in both.
+
+A relu behind the norm is part of its last step. Its gradient needs to know where the result was positive: in columns that
+is computed once more from x, which is read anyhow, so that neither the result nor another gradient passes through memory.
 """
 
 import numpy as np
