@@ -114,7 +114,7 @@ def _one(run, name, x, out):
 def _two(run, name, g, x, out):
     check_dtypes(name, x, g)
     if g.shape != x.shape:
-        refuse("two arrays of one shape are taken together, a gradient and its array, say, not {} and {}", g.shape, x.shape)
+        refuse("a gradient of shape {} for an array of shape {}", g.shape, x.shape)
     y = result_like(x, out)
     run(line_like(g, y), line_like(x, y), line(y))
     return y
@@ -258,6 +258,8 @@ def relu_vjp(g, y, out=None):
 @public
 def add_relu(x, y, out=None):
     """max(x + y, 0) of arrays of one shape; NaN stays NaN. Its vjp, for either, is :func:`relu_vjp`."""
+    if x.shape != y.shape:
+        refuse("add_relu adds arrays of one shape, not {} and {}", x.shape, y.shape)
     return _two(_run_add_relu, "add_relu", x, y, out)
 
 
