@@ -261,8 +261,11 @@ class Residual(Module):
         self.body = body
         self.shortcut = shortcut
 
-    def __call__(self, x, training=False):
-        return run(self.shortcut, x, training) + run(self.body, x, training)
+    def __call__(self, x, training=False, relu=False):
+        shortcut, body = run(self.shortcut, x, training), run(self.body, x, training)
+        if relu and shortcut.shape == body.shape:
+            return ops.add_relu(shortcut, body)
+        return ops.relu(shortcut + body) if relu else shortcut + body
 
 
 class Concatenate(Module):
@@ -381,8 +384,8 @@ class GroupNorm(Module):
         self.bias = Parameter((num_channels,), constant(0.0))
         self.eps = eps
 
-    def __call__(self, x, training=False):
-        return ops.group_norm(x, self.groups, *given(training, self.weight, self.bias), eps=self.eps)
+    def __call__(self, x, training=False, relu=False):
+        return ops.group_norm(x, self.groups, *given(training, self.weight, self.bias), eps=self.eps, relu=relu)
 
 
 class BatchNorm2d(Module):
@@ -408,11 +411,11 @@ class BatchNorm2d(Module):
         self.num_batches_tracked = Statistic((), constant(0.0))
         self.eps, self.momentum, self.samples = eps, momentum, samples
 
-    def __call__(self, x, training=False):
+    def __call__(self, x, training=False, relu=False):
         image("BatchNorm2d", x)
         return ops.batch_norm(
             x, *given(training, self.running_mean, self.running_var, self.num_batches_tracked, self.weight, self.bias),
-            training=bool(training), samples=self.samples, eps=self.eps)
+            training=bool(training), samples=self.samples, eps=self.eps, relu=relu)
 
     def absorb(self):
         """running += momentum * (measured - running), with what was measured since the last call."""
@@ -435,4 +438,4 @@ class Embedding(Module):
         return ops.embedding(x, *given(training, self.weight))
 
 
-_WITH_RELU = (Linear, Conv2d)
+_WITH_RELU = (Residual, Linear, Conv2d, GroupNorm, BatchNorm2d)

@@ -100,9 +100,34 @@ def test_winograd_is_a_convolution(dtype, layout, n, channels, outputs, size, pa
     g = laid(normal(4, *expected.shape, dtype=dtype), layout)
     expected.backward(tensors(g)[0])
     near(k.conv2d_vjp_x(g, weight, x.shape, (1, 1), padding, winograd=True), tx.grad)
+    dw = k.conv2d_vjp_weight(g, x, weight.shape, (1, 1), padding, winograd=True)
+    near(dw, tw.grad)
+    for out in np.empty(weight.shape, dtype), np.empty_like(dw):
+        assert k.conv2d_vjp_weight(g, x, weight.shape, (1, 1), padding, out=out, winograd=True) is out
+        np.testing.assert_array_equal(out, dw)
     part = slice(n // 3, None)
     np.testing.assert_array_equal(k.conv2d(x[part], weight, (1, 1), padding, winograd=True),
                                   k.conv2d(x, weight, (1, 1), padding, winograd=True)[part])
+
+
+@pytest.mark.parametrize("n", [1, 8, 150])
+def test_errors_of_winograd_do_not_grow_with_the_batch(n):
+    x, g = normal(1, n, 16, 20, 20), normal(2, n, 16, 20, 20)
+    tx, tg = torch.tensor(x).double(), torch.tensor(g).double()
+    exact = torch.nn.grad.conv2d_weight(tx, (16, 16, 3, 3), tg, padding=1).numpy()
+    ours = k.conv2d_vjp_weight(g, x, (16, 16, 3, 3), (1, 1), (1, 1))
+    assert abs(ours - exact).max() <= 7e-6 * abs(exact).max()
+
+
+def test_images_begin_at_a_cache_line():
+    for shape in (3, 2, 5, 7), (32, 16, 32, 32):
+        for dtype in np.float32, np.float64:
+            x = images(*shape, dtype)
+            assert x.__array_interface__["data"][0] % 64 == 0
+            assert is_batch_innermost(x) and x.shape == shape
+    y = k.relu(images(32, 8, 16, 16, np.float32))
+    assert y.__array_interface__["data"][0] % 64 == 0
+    assert is_batch_innermost(y)
 
 
 def test_winograd_is_used_where_it_pays_and_can_be_forbidden():
@@ -113,6 +138,9 @@ def test_winograd_is_used_where_it_pays_and_can_be_forbidden():
     np.testing.assert_array_equal(k.conv2d(x, weight, *how), by_values)
     gradient = k.conv2d_vjp_x(x, weight, x.shape, *how, winograd=True)
     np.testing.assert_array_equal(k.conv2d_vjp_x(x, weight, x.shape, *how), gradient)
+    gradient = k.conv2d_vjp_weight(x, x, weight.shape, *how, winograd=True)
+    np.testing.assert_array_equal(k.conv2d_vjp_weight(x, x, weight.shape, *how), gradient)
+    assert (k.conv2d_vjp_weight(x, x, weight.shape, *how, winograd=False) != gradient).any()
     few = weight[:, :2]
     np.testing.assert_array_equal(k.conv2d(x[:, :2], few, *how), k.conv2d(x[:, :2], few, *how, winograd=False))
 
@@ -158,7 +186,8 @@ def test_an_empty_batch():
     y = k.conv2d(x, weight)
     assert y.shape == (0, 4, 3, 3)
     assert k.conv2d_vjp_x(y, weight, x.shape).shape == x.shape
-    assert not k.conv2d_vjp_weight(y, x, weight.shape).any()
+    for winograd in None, True:
+        assert not k.conv2d_vjp_weight(y, x, weight.shape, winograd=winograd).any()
     assert not k.conv2d_vjp_bias(y).any()
     pooled, index = k.max_pool2d(x, (2, 2), (2, 2))
     assert k.max_pool2d_vjp(pooled, index, x.shape, (2, 2), (2, 2)).shape == x.shape
@@ -228,6 +257,7 @@ IMAGE = np.zeros((2, 4, 5, 5), "float32")
     (ValueError, "finds no place in images", lambda: k.conv2d(IMAGE, normal(1, 3, 4, 6, 2))),
     (ValueError, "strides and dilations >= 1", lambda: k.conv2d(IMAGE, normal(1, 3, 4, 2, 2), (0, 1))),
     (ValueError, "winograd=True takes", lambda: k.conv2d(IMAGE, normal(1, 3, 4, 2, 2), winograd=True)),
+    (ValueError, "winograd=True takes", lambda: k.conv2d_vjp_weight(IMAGE[:, :3, 1:], IMAGE, (3, 4, 2, 1), winograd=True)),
     (ValueError, "takes a bias of shape", lambda: k.conv2d(IMAGE, normal(1, 3, 4, 2, 2), bias=normal(1, 2))),
     (ValueError, "out has shape", lambda: k.conv2d(IMAGE, normal(1, 3, 4, 2, 2), out=normal(1, 2))),
     (ValueError, r"has shape \(2, 3, 4, 4\)", lambda: k.conv2d_vjp_x(IMAGE, normal(1, 3, 4, 2, 2), IMAGE.shape)),

@@ -165,6 +165,7 @@ def test_rows_do_not_depend_on_the_batch(n, dtype):
 @pytest.mark.parametrize(("error", "words", "f"), [
     (TypeError, "exp takes float32 or float64, not int64", lambda x: k.exp(np.arange(3))),
     (TypeError, "arrays of float64 and float32", lambda x: k.relu_vjp(x, x.astype(float))),
+    (ValueError, r"add_relu adds arrays of one shape, not \(4,\)", lambda x: k.add_relu(np.ones(4, np.float32), x)),
     (ValueError, r"gradient of shape \(4,\)", lambda x: k.relu_vjp(np.zeros(4, np.float32), x)),
     (ValueError, "out has shape", lambda x: k.tanh(x, out=np.empty(4, np.float32))),
     (ValueError, "has gaps", lambda x: k.tanh(x, out=np.empty((2, 6), np.float32)[:, ::2])),

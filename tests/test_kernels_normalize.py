@@ -50,6 +50,30 @@ def double(torch, *arrays):
     return [torch.tensor(a.astype(float), requires_grad=True) for a in arrays]
 
 
+# --- With relu ---------------------------------------------------------------------------------------------------
+
+@either
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize(("n", "c", "m"), [(32, 16, 64), (5, 3, 7), (40, 2, 9), (1, 6, 16), (0, 4, 3)])
+@pytest.mark.parametrize(("samples", "groups"), [(50, 0), (3, 0), (1, 1)])
+def test_relu_in_the_same_pass_has_the_bits_of_relu_after_it(dtype, layout, n, c, m, samples, groups):
+    x, g, weight, bias = draw(0, (n, c, m), (n, c, m), c, c, dtype=dtype)
+    x = layout(x)
+    y, mean, var = k.standardize(x, samples, 1e-3, groups, weight, bias)
+    if n:
+        np.testing.assert_array_equal(k.standardize(x, samples, 1e-3, groups, weight, bias, True)[0], np.maximum(y, 0))
+    masked = k.standardize_vjp(np.where(y > 0, g, 0).astype(dtype), x, mean, var, samples, 1e-3, weight)
+    for ours, expected in zip(k.standardize_vjp(layout(g), x, mean, var, samples, 1e-3, weight, bias, True), masked,
+                              strict=True):
+        np.testing.assert_array_equal(ours, expected)
+    by = draw(1, c)[0].astype(dtype), draw(2, c)[0].astype(dtype) ** 2
+    y = k.standardize_by(x, *by, 1e-3, weight, bias)
+    np.testing.assert_array_equal(k.standardize_by(x, *by, 1e-3, weight, bias, True), np.maximum(y, 0))
+    masked = k.standardize_by_vjp(np.where(y > 0, g, 0).astype(dtype), x, *by, 1e-3, weight)
+    for ours, expected in zip(k.standardize_by_vjp(g, x, *by, 1e-3, weight, bias, True), masked, strict=True):
+        np.testing.assert_array_equal(ours, expected)
+
+
 # --- Layer normalisation --------------------------------------------------------------------------------------
 
 @either

@@ -26,6 +26,7 @@ from mpiml.nn import (
     Step,
     constant,
     normal,
+    run,
     uniform,
 )
 from mpiml.optim import SGD
@@ -526,6 +527,24 @@ def test_combinators():
             (Concatenate(ops.identity, body), np.hstack([x, body(x)])),
             (Concatenate(body, np.tanh, axis=0), np.vstack([body(x), np.tanh(x)]))]:
         np.testing.assert_array_equal(model(x), expected)
+
+
+@pytest.mark.parametrize("layer", [
+    Linear(6, 6), Conv2d(3, 3, 1), GroupNorm(3, 3), BatchNorm2d(3), Residual(BatchNorm2d(3)),
+    Residual(lambda x: x[:1], shortcut=lambda x: x)])
+def test_a_relu_behind_a_layer_is_part_of_it(layer):
+    x = np.random.default_rng(0).standard_normal((4, 3, 5, 6)).astype(np.float32)
+    model = Sequential(layer, ops.relu).init()
+    for training in False, Step(0):
+        apart = ops.relu(run(layer, x, training))
+        np.testing.assert_array_equal(value_of(model(x, training)), value_of(apart))
+    if training and model.learnt:
+        gradients = []
+        for y in model(x, training), apart:
+            model.gradient[:] = 0
+            y.backward(x)
+            gradients.append(model.gradient.copy())
+        np.testing.assert_array_equal(*gradients)
 
 
 def test_training_reaches_every_layer():

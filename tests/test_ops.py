@@ -92,23 +92,26 @@ def reductions(*more):
             case(normal(1)), case(normal()), case(normal(2, 0, 3), 2), *more)
 
 
-def group_norm_torch(t, x, groups, weight=None, bias=None, eps=1e-5):
+def group_norm_torch(t, x, groups, weight=None, bias=None, eps=1e-5, relu=False):
     weight = t.ones(x.shape[1]) if weight is None else weight  # or it would not take a bias
-    return t.nn.functional.group_norm(x, groups, weight, bias, eps)
+    y = t.nn.functional.group_norm(x, groups, weight, bias, eps)
+    return y.relu() if relu else y
 
 
 def batch_norm_torch(t, x, running_mean, running_var, seen, weight=None, bias=None, training=False, samples=None,
-                     eps=1e-5):
+                     eps=1e-5, relu=False):
     blocks = x.split(samples) if training and samples else [x]
-    return t.cat([t.nn.functional.batch_norm(b, None if training else running_mean, None if training else running_var,
+    y = t.cat([t.nn.functional.batch_norm(b, None if training else running_mean, None if training else running_var,
                                              weight, bias, training, eps=eps) for b in blocks])
+    return y.relu() if relu else y
 
 
 def batch_norms(x, *affine, samples=(2, 3)):
     """Cases of batch_norm of 3 channels: inference, the whole batch, and blocks of samples."""
     mean, var, seen = REAL[3,], np.exp(REAL[3,]), np.zeros(())
     options = ({"training": True, "samples": s, "eps": 0.01} for s in (*samples, 50))
-    return [case(x, mean, var, seen, *affine, **o) for o in ({}, {"training": True}, *options)]
+    return [case(x, mean, var, seen, *affine, **o) for o in (
+        {}, {"training": True}, *options, {"relu": True}, {"training": True, "relu": True})]
 
 
 def cross_entropy_torch(t, logits, target, **options):
@@ -199,6 +202,8 @@ CASES = {
     "tanh": op(lambda t, x: t.tanh(x), *elementwise()),
     "sigmoid": op(lambda t, x: t.sigmoid(x), *elementwise(), case(wide(20))),
     "relu": op(lambda t, x: t.relu(x), *elementwise()),
+    "add_relu": op(lambda t, x, y: t.relu(x + y), case(normal(3, 4), normal(3, 4)), case(normal(2, 3, 5), normal(2, 3, 5)),
+                   case(normal(7), normal(7)), case(normal(), normal()), case(normal(0, 3), normal(0, 3))),
     "gelu": op(lambda t, x, **o: t.nn.functional.gelu(x, **o), *elementwise(), case(wide(20)),
                case(normal(2, 3), approximate="tanh"), case(wide(20), approximate="tanh")),
     "silu": op(lambda t, x: t.nn.functional.silu(x), *elementwise(), case(wide(20))),
@@ -261,6 +266,7 @@ CASES = {
         case(normal(0, 6), normal(6), normal(6))),
     "group_norm": op(group_norm_torch,
                      case(normal(2, 4, 3, 2), 2, normal(4), normal(4)), case(normal(2, 4, 3, 2), 4, normal(4), normal(4)),
+                     case(normal(2, 4, 3, 2), 2, normal(4), normal(4), relu=True), case(normal(2, 4, 3), 2, relu=True),
                      case(normal(2, 4, 3, 2), 1), case(normal(2, 4, 3, 2), 2, None, normal(4), eps=0.1),
                      case(normal(2, 9), 3, normal(9), normal(9)), case(normal(2, 3, 5), 3, normal(3), normal(3)),
                      case(normal(1, 1, 2, 2), 1, normal(1), normal(1)), case(normal(0, 4, 3, 2), 2, normal(4), normal(4))),
@@ -572,6 +578,7 @@ INTEGERS = zeros(2, 3, dtype=int)
     (ValueError, "id -1 at position", lambda: ops.embedding([-1], zeros(3, 2))),
     (ValueError, "takes a weight of shape", lambda: ops.layer_norm(zeros(2, 3), zeros(2))),
     (ValueError, "takes a bias of shape", lambda: ops.layer_norm(zeros(2, 3), zeros(3), zeros(1))),
+    (ValueError, r"one shape, not \(2, 4, 5, 5\) and \(1,\)", lambda: ops.add_relu(IMAGE, zeros(1))),
     (ValueError, "cannot split 4 channels", lambda: ops.group_norm(IMAGE, 3)),
     (ValueError, r"takes a weight of shape \(4,\)", lambda: ops.group_norm(IMAGE, 2, zeros(1))),
     (ValueError, "takes a running_mean of shape", lambda: ops.batch_norm(IMAGE, zeros(3), zeros(3), zeros())),

@@ -10,6 +10,7 @@ from .crossentropy import label_loss, label_loss_vjp
 from .dense import linear, linear_vjp, linear_vjp_bias, linear_vjp_weight, linear_vjp_x, matmul
 from .dropout import dropout
 from .elementwise import (
+    add_relu,
     exp,
     exp_vjp,
     gelu,
@@ -34,7 +35,7 @@ from .softmax import log_softmax, log_softmax_vjp, logsumexp, logsumexp_vjp, sof
 from .update import adam, lamb, lars, norm, scale, sgd
 
 __all__ = [
-    "absolute", "adam", "attention", "attention_vjp", "avg_pool2d", "avg_pool2d_vjp", "binary", "binary_vjp",
+    "absolute", "adam", "add_relu", "attention", "attention_vjp", "avg_pool2d", "avg_pool2d_vjp", "binary", "binary_vjp",
     "conv2d", "conv2d_vjp_bias", "conv2d_vjp_weight", "conv2d_vjp_x", "dropout", "embedding", "embedding_vjp", "exp",
     "exp_vjp", "from_bfloat16", "from_float16", "gelu", "gelu_vjp", "huber", "huber_vjp", "label_loss",
     "label_loss_vjp", "lamb", "lars", "layer_norm", "layer_norm_vjp", "linear", "linear_vjp", "linear_vjp_bias",

@@ -45,10 +45,13 @@ def _make_dots(rows, columns):
     def tile(g, gi, g_row, g_pixel, x, xi, x_column, x_pixel, pixels, samples, total, ti, t_row):
         out_of_line()
         acc = zero_tile(total, size)
+        whole = samples // lanes(g) * lanes(g)
         for p in range(pixels):
             gk, xk = gi + p * g_pixel, xi + p * x_pixel
-            for i in range(0, samples, lanes(g)):
-                acc = lanewise(acc, g, gk + i, g_row, x, xk + i, x_column, samples - i, columns)
+            for i in range(0, whole, lanes(g)):  # without a mask, which costs as much as several of the products
+                acc = lanewise(acc, g, gk + i, g_row, x, xk + i, x_column, None, columns)
+            if whole < samples:
+                acc = lanewise(acc, g, gk + whole, g_row, x, xk + whole, x_column, samples - whole, columns)
         store_tile(tile_add(acc, load_tile(total, ti, t_row, None, size, columns)), total, ti, t_row, None, columns)
 
     return tile
@@ -60,7 +63,7 @@ _three_five, _three_three, _three_one, _one_five, _one_three, _one_one = (
 
 
 @kernel(exact=True, reads="x")
-def _broadcast(x, xi, x_row, x_pixel, g, gi, g_row, pixels, samples, total, ti, t_row, rows, outputs):
+def broadcast_products(x, xi, x_row, x_pixel, g, gi, g_row, pixels, samples, total, ti, t_row, rows, outputs):
     """All tiles of one product, lanes being output channels: ``rows`` x ``outputs`` sums."""
     out_of_line()
     r = 0
@@ -168,7 +171,7 @@ def weight_gradient(g, x, dw, stride, padding, dilation, groups):
                             column = columns[ox, SOURCE] + kx * column_step
                             xi = ((iy * width + column) * channels + group * inners) * samples
                             if broadcast:
-                                _broadcast(x, xi, row_stride, stride[1] * channels * samples, turned,
+                                broadcast_products(x, xi, row_stride, stride[1] * channels * samples, turned,
                                            (ox - begin) * samples * g_row + group * outputs, g_row, next_ox - ox, samples,
                                            total, at + r * line, line, n, outputs)
                             else:

@@ -8,6 +8,7 @@ import numba
 import numpy as np
 from numba.extending import overload
 
+from . import aligned
 from .jit import kernel
 from .polynomial import exp as vector_exp
 from .polynomial import log as vector_log
@@ -16,6 +17,8 @@ from .polynomial import sigmoid as vector_sigmoid
 from .polynomial import tanh as vector_tanh
 from .public import check_dtypes, check_writable, public, refuse
 from .simd import lanes, load, load_part, select, store, store_part
+
+LARGE = 1 << 16  # bytes from which on the begin of an array counts more than the time to choose it
 
 # --- Arrays in the order of their memory ----------------------------------------------------------------------
 
@@ -58,7 +61,7 @@ def _line_like(x, y):
 def result_like(x, out):
     """``out``, if it fits, or a new array whose elements lie in memory as those of ``x``."""
     if out is None:
-        return np.empty_like(x)
+        return aligned.empty_like(x) if x.nbytes >= LARGE and line(x) is not None else np.empty_like(x)
     check_writable(out)
     if out.shape != x.shape or out.dtype != x.dtype:
         refuse("out has shape {} and dtype {}, the result {} and {}", out.shape, out.dtype, x.shape, x.dtype)
@@ -147,6 +150,11 @@ def _relu_slope(g, y):
 
 
 @vector_function
+def _positive_sum(x, y):
+    return _positive(x + y)
+
+
+@vector_function
 def _silu(x):
     return x * vector_sigmoid(x)
 
@@ -187,7 +195,8 @@ _run_exp, _run_exp_vjp = map_one(vector_exp), map_two(_exp_slope)
 _run_log, _run_log_vjp = map_one(vector_log), map_two(_log_slope)
 _run_tanh, _run_tanh_vjp = map_one(vector_tanh), map_two(_tanh_slope)
 _run_sigmoid, _run_sigmoid_vjp = map_one(vector_sigmoid), map_two(_sigmoid_slope)
-_run_relu, _run_relu_vjp = map_one(_positive), map_two(_relu_slope)
+positive_part, _run_relu_vjp = map_one(_positive), map_two(_relu_slope)
+_run_add_relu = map_two(_positive_sum)
 _run_silu, _run_silu_vjp = map_one(_silu), map_two(_silu_slope)
 _run_gelu, _run_gelu_vjp = map_one(_gelu), map_two(_gelu_slope)
 _run_tanh_gelu, _run_tanh_gelu_vjp = map_one(_tanh_gelu), map_two(_tanh_gelu_slope)
@@ -234,13 +243,21 @@ def tanh_vjp(g, y, out=None):
 @public
 def relu(x, out=None):
     """max(x, 0) of ``x`` (any shape, float32 or float64); NaN stays NaN."""
-    return _one(_run_relu, "relu", x, out)
+    return _one(positive_part, "relu", x, out)
 
 
 @public
 def relu_vjp(g, y, out=None):
     """Gradient for x of ``y = relu(x)``, given the gradient ``g`` for y; 0 at the kink."""
     return _two(_run_relu_vjp, "relu_vjp", g, y, out)
+
+
+@public
+def add_relu(x, y, out=None):
+    """max(x + y, 0) of arrays of one shape; NaN stays NaN. Its vjp, for either, is :func:`relu_vjp`."""
+    if x.shape != y.shape:
+        refuse("add_relu adds arrays of one shape, not {} and {}", x.shape, y.shape)
+    return _two(_run_add_relu, "add_relu", x, y, out)
 
 
 @public

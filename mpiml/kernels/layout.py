@@ -7,9 +7,9 @@ dimension of a convolution is read as it lies. NumPy's functions keep the layout
 runs in it; only the first kernel has to convert what it is given.
 """
 
-import numpy as np
 from numba.extending import overload
 
+from . import aligned
 from .jit import kernel
 from .public import public
 from .simd import lanes, load_part, out_of_line, store_part
@@ -18,7 +18,7 @@ from .tile import turn_part
 
 def images(n, c, h, w, dtype):
     """A new (n, c, h, w) array, batch innermost."""
-    return np.empty((h, w, c, n), dtype).transpose((3, 2, 0, 1))
+    return aligned.empty(h * w * c * n, dtype).reshape(h, w, c, n).transpose((3, 2, 0, 1))
 
 
 @kernel
@@ -28,7 +28,7 @@ def _turned(memory):
 
 @overload(images)
 def _images(n, c, h, w, dtype):  # numba compiles a transpose for seconds: here once, for all
-    return lambda n, c, h, w, dtype: _turned(np.empty((h, w, c, n), dtype))
+    return lambda n, c, h, w, dtype: _turned(aligned.empty(h * w * c * n, dtype).reshape(h, w, c, n))
 
 
 @kernel(reads="x")

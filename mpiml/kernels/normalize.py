@@ -15,54 +15,83 @@ the same for all places: statistics are sums of columns, and what is applied is 
 Variances are taken about the mean and corrected for its rounding: the corrected two-pass algorithm (Chan, Golub and
 LeVeque 1983, "Algorithms for computing the sample variance"). Sums over a channel's places have one partial sum for each
 remainder of the place by the number of lanes, in both layouts, so group norm gives a sample the same bits in both.
+
+A relu behind the norm is part of its last step. Its gradient needs to know where the result was positive: in columns that
+is computed once more from x, which is read anyhow, so that neither the result nor another gradient passes through memory.
 """
 
 import numpy as np
 
+from . import aligned
+from .elementwise import positive_part
 from .jit import kernel
 from .normalize_columns import column_affine, column_affine_vjp, column_moments, column_products
 from .normalize_rows import row_affine, row_affine_vjp, row_moments, row_products
 from .public import check_dtypes, public, refuse
-from .simd import lanes
+from .simd import flat, lanes
 
 
-@kernel(exact=True, reads="x weight bias", writes="mean var y")
-def _standardize(x, samples, groups, eps, weight, bias, measure, columns, mean, var, y):
-    c = x.shape[1]
-    t = x.dtype.type
-    if measure:
-        if columns:
-            column_moments(x, samples, groups, mean, var)
-        else:
-            row_moments(x, samples, groups, mean, var)
-    scale, shift = np.empty((len(mean), c), x.dtype), np.zeros((len(mean), c), x.dtype)
-    for b in range(len(mean)):
+@kernel(exact=True, reads="var weight bias")
+def _coefficients(var, c, eps, weight, bias):
+    """Those of ``(x - mean) * scale + offset``, for each block and channel."""
+    blocks, groups = var.shape
+    t = var.dtype.type
+    scale, offset = np.empty((blocks, c), var.dtype), np.zeros((blocks, c), var.dtype)
+    for b in range(blocks):
         for ch in range(c):
             scale[b, ch] = t(1) / np.sqrt(var[b, ch // (c // groups)] + t(eps))
             if weight.size:
                 scale[b, ch] *= weight[ch]
             if bias.size:
-                shift[b, ch] = bias[ch]
+                offset[b, ch] = bias[ch]
+    return scale, offset
+
+
+@kernel(exact=True, reads="x weight bias", writes="mean var y")
+def _standardize(x, samples, groups, eps, weight, bias, positive, measure, columns, mean, var, y):
+    if measure:
+        if columns:
+            column_moments(x, samples, groups, mean, var)
+        else:
+            row_moments(x, samples, groups, mean, var)
+    scale, offset = _coefficients(var, x.shape[1], eps, weight, bias)
     if columns:
-        column_affine(x, x, samples, mean, scale, shift, shift, y)
+        column_affine(x, x, samples, mean, scale, offset, offset, offset, positive, y)
     else:
-        row_affine(x, x, samples, mean, scale, shift, shift, y)
+        row_affine(x, x, samples, mean, scale, offset, offset, y)
+        if positive:
+            positive_part(flat(y), flat(y))
 
 
-@kernel(exact=True, reads="g x weight mean var", writes="out")
-def _standardize_vjp(g, x, samples, eps, weight, mean, var, measured, columns, out, dweight, dbias):
+@kernel(exact=True, reads="g x weight bias mean var")
+def _where_positive(g, x, samples, eps, weight, bias, mean, var):
+    """``g`` where the result was above 0, of arrays whose places are contiguous; in columns it is part of the other steps."""
+    n, c, m = x.shape
+    scale, offset = _coefficients(var, c, eps, weight, bias)
+    y = np.empty((n, c, m), x.dtype)
+    row_affine(x, x, samples, mean, scale, offset, offset, y)
+    for i in range(n):
+        for ch in range(c):
+            for p in range(m):
+                y[i, ch, p] = g[i, ch, p] if y[i, ch, p] > 0 else x.dtype.type(0)
+    return y
+
+
+@kernel(exact=True, reads="g x weight bias mean var", writes="out")
+def _standardize_vjp(g, x, samples, eps, weight, bias, positive, mean, var, measured, columns, out, dweight, dbias):
     n, c, m = x.shape
     blocks, groups = mean.shape
     each = c // groups
     t = x.dtype.type
     total, product = np.empty((blocks, c), x.dtype), np.empty((blocks, c), x.dtype)
+    scale, offset = _coefficients(var, c, eps, weight, bias)
     if columns:
-        column_products(g, x, samples, mean, total, product)
+        column_products(g, x, samples, mean, scale, offset, positive, total, product)
     else:
         row_products(g, x, samples, mean, total, product)
     # With d = x - mean and the sums over a block, of s values each, of w g and w g d:
     # out = w g / std - sum(w g) / s / std - d sum(w g d) / s / std**3
-    scale, slope, shift = np.empty((blocks, c), x.dtype), np.zeros((blocks, c), x.dtype), np.zeros((blocks, c), x.dtype)
+    slope, shift = np.zeros((blocks, c), x.dtype), np.zeros((blocks, c), x.dtype)
     dweight[:] = t(0)
     dbias[:] = t(0)
     for b in range(blocks):
@@ -72,7 +101,6 @@ def _standardize_vjp(g, x, samples, eps, weight, mean, var, measured, columns, o
             sum_g, sum_gd = t(0), t(0)
             for ch in range(group * each, (group + 1) * each):
                 w = weight[ch] if weight.size else t(1)
-                scale[b, ch] = inverse * w
                 sum_g += w * total[b, ch]
                 sum_gd += w * product[b, ch]
                 dweight[ch] += product[b, ch] * inverse
@@ -82,7 +110,7 @@ def _standardize_vjp(g, x, samples, eps, weight, mean, var, measured, columns, o
                     slope[b, ch] = -inverse * inverse * inverse * (sum_gd / count)
                     shift[b, ch] = -inverse * (sum_g / count)
     if columns:
-        column_affine_vjp(g, x, samples, mean, scale, slope, shift, out)
+        column_affine_vjp(g, x, samples, mean, scale, offset, slope, shift, positive, out)
     else:
         row_affine_vjp(g, x, samples, mean, scale, slope, shift, out)
 
@@ -105,7 +133,8 @@ def _arranged(x, columns):
 @public
 def _like(x, columns):
     n, c, m = x.shape
-    return np.empty((m, c, n), x.dtype).transpose(2, 1, 0) if columns else np.empty((n, c, m), x.dtype)
+    memory = aligned.empty(x.size, x.dtype)
+    return memory.reshape(m, c, n).transpose(2, 1, 0) if columns else memory.reshape(n, c, m)
 
 
 @public
@@ -128,7 +157,7 @@ def _check(x, samples, groups):
 
 
 @public
-def standardize(x, samples=1, eps=1e-5, groups=0, weight=None, bias=None):
+def standardize(x, samples=1, eps=1e-5, groups=0, weight=None, bias=None, relu=False):
     """``(x - mean) / sqrt(var + eps) * weight + bias``: batch, group and instance normalisation.
 
     Parameters
@@ -142,6 +171,8 @@ def standardize(x, samples=1, eps=1e-5, groups=0, weight=None, bias=None):
     groups : int
         Equal runs of channels that share their statistics; 0: each channel on its own.
     weight, bias : (c,) arrays, optional
+    relu : bool
+        ``max(., 0)`` of the result; NaN stays NaN.
 
     Returns
     -------
@@ -166,40 +197,45 @@ def standardize(x, samples=1, eps=1e-5, groups=0, weight=None, bias=None):
     shape = (-(-len(x) // samples) if x.size else 0, groups or x.shape[1])
     mean, var = np.empty(shape, x.dtype), np.empty(shape, x.dtype)
     if x.size:
-        _standardize(x, samples, shape[1], eps, _given(weight, x), _given(bias, x), True, columns, mean, var, y)
+        _standardize(x, samples, shape[1], eps, _given(weight, x), _given(bias, x), relu, True, columns, mean, var, y)
     return y, mean, var
 
 
 @public
-def standardize_vjp(g, x, mean, var, samples=1, eps=1e-5, weight=None):
-    """Gradients of ``y, mean, var = standardize(x, samples, eps, groups, weight, bias)`` for y alone.
+def standardize_vjp(g, x, mean, var, samples=1, eps=1e-5, weight=None, bias=None, relu=False):
+    """Gradients of ``y, mean, var = standardize(x, samples, eps, groups, weight, bias, relu)`` for y alone.
+
+    ``bias`` is used with ``relu`` only: where y was positive is computed anew, which is faster than to read y.
 
     Returns
     -------
     dx : (n, c, m) array in the layout of x
     dweight, dbias : (c,) arrays
     """
-    check_dtypes("standardize_vjp", g, x, mean, var, weight)
-    return _vjp(g, x, mean, var, samples, eps, weight, True)
+    check_dtypes("standardize_vjp", g, x, mean, var, weight, bias)
+    return _vjp(g, x, mean, var, samples, eps, weight, bias, relu, True)
 
 
 @public
-def _vjp(g, x, mean, var, samples, eps, weight, measured):
+def _vjp(g, x, mean, var, samples, eps, weight, bias, relu, measured):
     _check(x, samples, mean.shape[1])
     if g.shape != x.shape or (x.size and len(mean) != -(-len(x) // samples)) or mean.shape != var.shape:
         refuse("a norm of an input of shape {} in blocks of {} has a gradient of that shape, not {}, and statistics of each "
                "block, not {}", x.shape, samples, g.shape, mean.shape)
     columns = _in_columns(x)
     x, g = _arranged(x, columns), _arranged(g, columns)
+    if relu and not columns:
+        g = _where_positive(g, x, samples, eps, _given(weight, x), _given(bias, x), mean, var)
     dx = _like(x, columns)
     dweight, dbias = np.zeros(x.shape[1], x.dtype), np.zeros(x.shape[1], x.dtype)
     if x.size:
-        _standardize_vjp(g, x, samples, eps, _given(weight, x), mean, var, measured, columns, dx, dweight, dbias)
+        _standardize_vjp(g, x, samples, eps, _given(weight, x), _given(bias, x), relu, mean, var, measured, columns, dx,
+                         dweight, dbias)
     return dx, dweight, dbias
 
 
 @public
-def standardize_by(x, mean, var, eps=1e-5, weight=None, bias=None):
+def standardize_by(x, mean, var, eps=1e-5, weight=None, bias=None, relu=False):
     """``(x - mean) / sqrt(var + eps) * weight + bias`` with given statistics (c,): batch normalisation at inference.
 
     The other arguments and the result are those of :func:`standardize`.
@@ -211,13 +247,13 @@ def standardize_by(x, mean, var, eps=1e-5, weight=None, bias=None):
     y = _like(x, columns)
     if x.size:
         mean, var = _given(mean, x).copy().reshape(1, -1), _given(var, x).copy().reshape(1, -1)
-        _standardize(x, len(x), x.shape[1], eps, _given(weight, x), _given(bias, x), False, columns, mean, var, y)
+        _standardize(x, len(x), x.shape[1], eps, _given(weight, x), _given(bias, x), relu, False, columns, mean, var, y)
     return y
 
 
 @public
-def standardize_by_vjp(g, x, mean, var, eps=1e-5, weight=None):
+def standardize_by_vjp(g, x, mean, var, eps=1e-5, weight=None, bias=None, relu=False):
     """Gradients of :func:`standardize_by` for x, weight and bias, the statistics being constants."""
-    check_dtypes("standardize_by_vjp", g, x, mean, var, weight)
+    check_dtypes("standardize_by_vjp", g, x, mean, var, weight, bias)
     mean, var = _given(mean, x).copy().reshape(1, -1), _given(var, x).copy().reshape(1, -1)
-    return _vjp(g, x, mean, var, max(len(x), 1), eps, weight, False)
+    return _vjp(g, x, mean, var, max(len(x), 1), eps, weight, bias, relu, False)

@@ -8,7 +8,7 @@ import numpy as np
 
 from .jit import kernel
 from .simd import first_lanes, fma, lanes, load, load_part, out_of_line, reduce_add, select, splat, store, store_part
-from .tile import dot_tile, load_tile, store_tile, tile_fma, tile_subtract
+from .tile import at_least, dot_tile, load_tile, store_tile, tile_fma, tile_subtract, tile_where_positive
 
 ROWS = 8  # of which means are taken at once
 TILE = 4  # rows of anything else
@@ -39,10 +39,11 @@ def _make_moments(size):
 def _make_sums(size, products):
     """A kernel that adds the rows start, start + parts, ..., ``size`` at a time, to row ``part`` of two sums.
 
-    These are those of g and of g * (x - mean); without ``products`` of d = x - mean and of d * d.
+    These are those of g and of g * (x - mean), with ``relu`` where (x - mean) * scale + offset is positive; without
+    ``products`` of d = x - mean and of d * d.
     """
     @kernel(exact=True)
-    def sums(g, g_step, x, step, start, stop, k, mean, total, product, part):
+    def sums(g, g_step, x, step, start, stop, k, mean, scale, offset, relu, total, product, part):
         out_of_line()
         width = lanes(x)
         parts, slots = total.shape
@@ -52,6 +53,8 @@ def _make_sums(size, products):
                 i, to = min(slot, k - width), part * slots + slot
                 d = tile_subtract(load_tile(x, p * step + i, parts * step, None, size, 1), load(mean, i))
                 v = load_tile(g, p * g_step + i, parts * g_step, None, size, 1) if products else d
+                if relu:
+                    v = tile_where_positive(tile_fma(d, load(scale, i), load(offset, i)), v)
                 store(total, to, dot_tile(v, one, load(total, to)))
                 store(product, to, dot_tile(v, d, load(product, to)))
 
@@ -59,9 +62,9 @@ def _make_sums(size, products):
 
 
 def _make_affine(size, vjp):
-    """A kernel for y = (x - mean) * scale + shift, or (vjp) y = g * scale + (x - mean) * slope + shift, by columns."""
+    """A kernel for rows of :func:`_make_column_affine`, ``size`` at a time."""
     @kernel(exact=True)
-    def affine(g, g_step, x, step, start, stop, k, mean, scale, slope, shift, y, y_step):
+    def affine(g, g_step, x, step, start, stop, k, mean, scale, offset, slope, shift, relu, y, y_step):
         out_of_line()
         width = lanes(x)
         for p in range(start, stop, size):
@@ -69,10 +72,14 @@ def _make_affine(size, vjp):
                 i = min(slot, k - width)
                 d = tile_subtract(load_tile(x, p * step + i, step, None, size, 1), load(mean, i))
                 if vjp:
-                    v = tile_fma(d, load(slope, i), load(shift, i))
-                    v = tile_fma(load_tile(g, p * g_step + i, g_step, None, size, 1), load(scale, i), v)
+                    v = load_tile(g, p * g_step + i, g_step, None, size, 1)
+                    if relu:
+                        v = tile_where_positive(tile_fma(d, load(scale, i), load(offset, i)), v)
+                    v = tile_fma(v, load(scale, i), tile_fma(d, load(slope, i), load(shift, i)))
                 else:
-                    v = tile_fma(d, load(scale, i), load(shift, i))
+                    v = tile_fma(d, load(scale, i), load(offset, i))
+                    if relu:
+                        v = at_least(v, splat(x.dtype.type(0)))
                 store_tile(v, y, p * y_step + i, y_step, None, 1)
 
     return affine
@@ -94,13 +101,13 @@ def _unfold(sums, k):
 def _make_sum_up(tiles, rest):
     """A kernel that adds all rows, row p to part p % parts of the sums."""
     @kernel(exact=True)
-    def sum_up(g, g_step, x, step, m, k, mean, total, product):
+    def sum_up(g, g_step, x, step, m, k, mean, scale, offset, relu, total, product):
         out_of_line()
         parts = len(total)
         for part in range(min(parts, m)):
             whole = part + (m - part + parts - 1) // (parts * TILE) * TILE * parts
-            tiles(g, g_step, x, step, part, m, k, mean, total, product, part)
-            rest(g, g_step, x, step, whole, m, k, mean, total, product, part)
+            tiles(g, g_step, x, step, part, m, k, mean, scale, offset, relu, total, product, part)
+            rest(g, g_step, x, step, whole, m, k, mean, scale, offset, relu, total, product, part)
         _unfold(total, k)
         _unfold(product, k)
 
@@ -162,7 +169,7 @@ def _sample_moments(x, step, mean, var):
     for twice in range(2):
         total[:] = 0
         square[:] = 0
-        _add_deviations(x, step, x, step, m, k, off, total, square)
+        _add_deviations(x, step, x, step, m, k, off, off, off, False, total, square)
         _add_parts(total, n, each, rest)
         _add_parts(square, n, each, var)
         for i in range(n):
@@ -214,14 +221,15 @@ def column_moments(x, samples, groups, mean, var):
 
 
 @kernel(exact=True)
-def column_products(g, x, samples, mean, total, product):
-    """Sums of g and of g * (x - mean) for each block and channel."""
+def column_products(g, x, samples, mean, scale, offset, relu, total, product):
+    """Sums of g and of g * (x - mean) for each block and channel; with ``relu`` where (x - mean) * scale + offset > 0."""
     out_of_line()
     n, c, m = x.shape
     k, width, size = n * c, lanes(x), x.itemsize
     shape = (width if samples == 1 else 1, -(-k // width) * width)
     totals, products = np.zeros(shape, x.dtype), np.zeros(shape, x.dtype)
-    _add_products(g, g.strides[2] // size, x, x.strides[2] // size, m, k, expand(mean, n, c, samples, True), totals, products)
+    _add_products(g, g.strides[2] // size, x, x.strides[2] // size, m, k, expand(mean, n, c, samples, True),
+                  expand(scale, n, c, samples, True), expand(offset, n, c, samples, True), relu, totals, products)
     if samples == 1:
         _add_parts(totals, n, 1, total)
         _add_parts(products, n, 1, product)
@@ -252,21 +260,25 @@ def expand(values, n, c, samples, columns):
 
 
 def _make_column_affine(vjp):
-    """A kernel for y = (x - mean) * scale + shift, or (vjp) y = g * scale + (x - mean) * slope + shift."""
+    """A kernel for y = (x - mean) * scale + offset, or (vjp) y = g * scale + (x - mean) * slope + shift.
+
+    With ``relu`` y is 0 where that is negative, and (vjp) so is g where (x - mean) * scale + offset is not positive.
+    """
     tiles, rest = _make_affine(TILE, vjp), _make_affine(1, vjp)
 
     @kernel(exact=True)
-    def affine(g, x, samples, mean, scale, slope, shift, y):
+    def affine(g, x, samples, mean, scale, offset, slope, shift, relu, y):
         out_of_line()
         n, c, m = x.shape
         size = x.itemsize
         k, g_step, step, y_step = n * c, g.strides[2] // size, x.strides[2] // size, y.strides[2] // size
         mu, factor = expand(mean, n, c, samples, True), expand(scale, n, c, samples, True)
-        term = expand(shift, n, c, samples, True)
-        tilt = expand(slope, n, c, samples, True) if vjp else term
+        end = expand(offset, n, c, samples, True)
+        tilt = expand(slope, n, c, samples, True) if vjp else end
+        term = expand(shift, n, c, samples, True) if vjp else end
         whole = m // TILE * TILE
-        tiles(g, g_step, x, step, 0, whole, k, mu, factor, tilt, term, y, y_step)
-        rest(g, g_step, x, step, whole, m, k, mu, factor, tilt, term, y, y_step)
+        tiles(g, g_step, x, step, 0, whole, k, mu, factor, end, tilt, term, relu, y, y_step)
+        rest(g, g_step, x, step, whole, m, k, mu, factor, end, tilt, term, relu, y, y_step)
 
     return affine
 

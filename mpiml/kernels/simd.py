@@ -107,6 +107,20 @@ def store_part(typing, a, i, v, count):
 
 
 @intrinsic
+def prefetch(typing, a, i):
+    """Have the cache line of position ``i`` of ``a`` brought to the second cache, and go on meanwhile."""
+    def code(context, builder, signature, args):
+        address = builder.bitcast(emit_pointer(context, builder, a, *args), ir.IntType(8).as_pointer())
+        function = cgutils.get_or_insert_function(
+            builder.module, ir.FunctionType(ir.VoidType(), [address.type, INT, INT, INT]), "llvm.prefetch.p0")
+        # For reading (0); how near (3 is the first cache); data (1), not instructions.
+        builder.call(function, [address, ir.Constant(INT, 0), ir.Constant(INT, 2), ir.Constant(INT, 1)])
+        return context.get_dummy_value()
+
+    return types.none(a, types.intp), code
+
+
+@intrinsic
 def out_of_line(typing):
     """Compile the function that says so once, and let its callers call it, instead of a copy in each of them.
 

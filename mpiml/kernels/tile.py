@@ -142,6 +142,20 @@ def lanewise(typing, tile, a, i, a_row, b, j, b_row, count, width):
 
 
 @intrinsic
+def across(typing, tiles):
+    """The columns of a tuple of tiles, each tile taken as a row: again a tuple of tiles."""
+    tile = tiles.dtype
+    turned = types.UniTuple(types.UniTuple(tile.dtype, len(tiles)), len(tile))
+
+    def code(context, builder, signature, args):
+        rows = [cgutils.unpack_tuple(builder, row) for row in cgutils.unpack_tuple(builder, args[0])]
+        return context.make_tuple(builder, turned, [context.make_tuple(builder, turned.dtype, column)
+                                                    for column in zip(*rows, strict=True)])
+
+    return turned(tiles), code
+
+
+@intrinsic
 def at_least(typing, tile, low):
     """The tile, with each element below its lane of ``low`` raised to that; NaN stays NaN."""
     def code(context, builder, signature, args):
@@ -250,6 +264,9 @@ tile_subtract = _tilewise("tile_subtract", 2, lambda builder, kind, a, b: builde
 tile_multiply = _tilewise("tile_multiply", 2, lambda builder, kind, a, b: builder.fmul(a, b))
 tile_fma = _tilewise("tile_fma", 3, lambda builder, kind, a, b, c: emit_call(builder, "fma", kind, a, b, c))
 tile_fma.__doc__ = "a * b + c, rounded once."
+tile_where_positive = _tilewise("tile_where_positive", 2, lambda builder, kind, a, b: builder.select(
+    builder.fcmp_ordered(">", a, ir.Constant(a.type, None)), b, ir.Constant(a.type, None)))
+tile_where_positive.__doc__ = "``b`` in the lanes where ``a`` is above 0, else 0."
 
 
 @intrinsic(prefer_literal=True)

@@ -32,7 +32,7 @@ def _layer_norm_vjp(x):
 def _standardize(x):
     for samples, groups in (1, 2), (2, 0):  # group norm, batch norm
         _, *statistics = k.standardize(x(2, 4, 9), samples, 1e-5, groups, x(4), x(4))
-        k.standardize_vjp(x(2, 4, 9), x(2, 4, 9), *statistics, samples, 1e-5, x(4))
+        k.standardize_vjp(x(2, 4, 9), x(2, 4, 9), *statistics, samples, 1e-5, x(4), x(4))
 
 
 def _sgd(x):
@@ -53,6 +53,7 @@ def _by_parameter(update, x, *moments):
 EXAMPLES = {
     "absolute": lambda x: k.absolute(x(3, 5), x(3, 5)),
     "adam": lambda x: k.adam(x(9), x(9), x(9), x(9) ** 2, *_scalars(x, 1e-3, 0.9, 0.999, 0.1, 0.001, 0.1, 0.001, 1e-8, 0, 0)),
+    "add_relu": lambda x: k.add_relu(x(3, 5), x(3, 5)),
     "attention": lambda x: k.attention(x(2, 3, 4), x(2, 5, 4), x(2, 5, 4)),
     "attention_vjp": lambda x: k.attention_vjp(x(2, 3, 4), x(2, 3, 4), x(2, 5, 4), x(2, 5, 4), x(2, 3, 4), x(2, 3)),
     "avg_pool2d": lambda x: k.avg_pool2d(x(*IMAGES), (2, 2), (2, 2)),
@@ -61,7 +62,8 @@ EXAMPLES = {
     "binary_vjp": lambda x: k.binary_vjp(1.0, x(3, 5), abs(x(3, 5))),
     "conv2d": lambda x: [k.conv2d(x(*IMAGES), x(*WEIGHT), winograd=winograd) for winograd in (False, True)],
     "conv2d_vjp_bias": lambda x: k.conv2d_vjp_bias(x(2, 4, 4, 4)),
-    "conv2d_vjp_weight": lambda x: k.conv2d_vjp_weight(x(2, 4, 4, 4), x(*IMAGES), WEIGHT),
+    "conv2d_vjp_weight": lambda x: [k.conv2d_vjp_weight(x(2, 4, 4, 4), x(*IMAGES), WEIGHT, winograd=winograd)
+                                    for winograd in (False, True)],
     "conv2d_vjp_x": lambda x: k.conv2d_vjp_x(x(2, 4, 4, 4), x(*WEIGHT), IMAGES),
     "dropout": lambda x: k.dropout(x(3, 5), 0.5, 1),
     "embedding": lambda x: k.embedding(LABELS, x(3, 5)),
@@ -108,7 +110,7 @@ EXAMPLES = {
     "squared": lambda x: k.squared(x(3, 5), x(3, 5)),
     "standardize": _standardize,
     "standardize_by": lambda x: k.standardize_by(x(2, 4, 9), x(4), x(4) ** 2, 1e-5, x(4), x(4)),
-    "standardize_by_vjp": lambda x: k.standardize_by_vjp(x(2, 4, 9), x(2, 4, 9), x(4), x(4) ** 2, 1e-5, x(4)),
+    "standardize_by_vjp": lambda x: k.standardize_by_vjp(x(2, 4, 9), x(2, 4, 9), x(4), x(4) ** 2, 1e-5, x(4), x(4)),
     "standardize_vjp": _standardize,
     "tanh": lambda x: k.tanh(x(3, 5)),
     "tanh_vjp": lambda x: k.tanh_vjp(x(3, 5), x(3, 5)),

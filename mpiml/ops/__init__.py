@@ -9,7 +9,7 @@ division by the number of samples gives the mean.
 from mpiml.tensor import add, divide, getitem, matmul, multiply, negative, power, subtract
 
 from .attention import scaled_dot_product_attention
-from .elementwise import clip, dropout, exp, gelu, log, relu, sigmoid, silu, sqrt, tanh, where
+from .elementwise import add_relu, clip, dropout, exp, gelu, log, relu, sigmoid, silu, sqrt, tanh, where
 from .layer import avg_pool2d, conv2d, embedding, linear, max_pool2d
 from .loss import (
     binary_cross_entropy_with_logits,
@@ -24,7 +24,7 @@ from .normalize import batch_norm, group_norm, layer_norm
 from .reduce import max, mean, min, sum
 from .shape import broadcast_to, concatenate, flatten, identity, pad, reshape, stack, transpose
 
-__all__ = ["add", "avg_pool2d", "batch_norm", "binary_cross_entropy_with_logits", "broadcast_to", "clip",
+__all__ = ["add", "add_relu", "avg_pool2d", "batch_norm", "binary_cross_entropy_with_logits", "broadcast_to", "clip",
            "concatenate", "conv2d", "cross_entropy", "divide", "dropout", "embedding", "exp", "flatten", "gelu",
            "getitem", "group_norm", "huber_loss", "identity", "l1_loss", "layer_norm", "linear", "log", "log_softmax",
            "matmul", "max", "max_pool2d", "mean", "min", "mse_loss", "multiply", "negative", "pad", "power", "relu",

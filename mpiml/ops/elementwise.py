@@ -5,6 +5,8 @@ import numpy as np
 from mpiml import kernels as k
 from mpiml.tensor import op, unbroadcast
 
+from .check import floats, same_dtype
+
 
 @op
 def exp(x):
@@ -48,6 +50,22 @@ def relu(x):
     """max(x, 0)."""
     y = k.relu(x)
     return y, (lambda g: k.relu_vjp(g, y),)
+
+
+@op
+def add_relu(x, y):
+    """max(x + y, 0) of arrays of one shape: the end of a residual block, in one pass."""
+    floats("add_relu", x)
+    same_dtype("add_relu", x, y, "second input")
+    if x.shape != y.shape:
+        raise ValueError(f"add_relu adds arrays of one shape, not {x.shape} and {y.shape}: use relu(x + y)")
+    value = k.add_relu(x, y)
+
+    def vjp(g, into):
+        g = k.relu_vjp(g, value)
+        return g, g
+
+    return value, vjp
 
 
 @op

@@ -45,25 +45,28 @@ def _channels(x):
 
 
 @op
-def group_norm(x, groups, weight=None, bias=None, eps=1e-5):
-    """x (n, c, ...) standardised for each sample over each of ``groups`` groups of channels (Wu and He 2018)."""
+def group_norm(x, groups, weight=None, bias=None, eps=1e-5, relu=False):
+    """x (n, c, ...) standardised for each sample over each of ``groups`` groups of channels (Wu and He 2018).
+
+    Then max(., 0) with ``relu``.
+    """
     c = x.shape[1]
     if c % groups:
         raise ValueError(f"group_norm cannot split {c} channels into {groups} equal groups")
     floats("group_norm", x)
     vectors("group_norm", x, (c,), weight=weight, bias=bias)
     view = _channels(x)
-    y, mean, var = k.standardize(view, 1, eps, groups, weight, bias)
+    y, mean, var = k.standardize(view, 1, eps, groups, weight, bias, relu)
 
     def vjp(g):
-        dx, dweight, dbias = k.standardize_vjp(_channels(g), view, mean, var, 1, eps, weight)
+        dx, dweight, dbias = k.standardize_vjp(_channels(g), view, mean, var, 1, eps, weight, bias, relu)
         return dx.reshape(x.shape), None, dweight, dbias
 
     return y.reshape(x.shape), _once(vjp)
 
 
 @op
-def batch_norm(x, running_mean, running_var, seen, weight=None, bias=None, training=False, samples=None, eps=1e-5):
+def batch_norm(x, running_mean, running_var, seen, weight=None, bias=None, training=False, samples=None, eps=1e-5, relu=False):
     """x (n, c, ...) standardised for each channel, times weight plus bias (Ioffe and Szegedy 2015).
 
     In training by the statistics of the batch, otherwise by the running ones.
@@ -81,16 +84,19 @@ def batch_norm(x, running_mean, running_var, seen, weight=None, bias=None, train
     samples : int, optional
         Take the statistics over this many consecutive samples instead of the whole batch ("ghost batches", Hoffer
         et al. 2017): then they depend on the samples alone, not on how a batch is spread over ranks.
+    relu : bool
+        max(., 0) of the result.
     """
     n, c = x.shape[:2]
     floats("batch_norm", x)
     vectors("batch_norm", x, (c,), running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
     view = _channels(x)
     if not training:
-        y = k.standardize_by(view, running_mean, running_var, eps, weight, bias)
+        y = k.standardize_by(view, running_mean, running_var, eps, weight, bias, relu)
 
         def vjp(g):
-            dx, dweight, dbias = k.standardize_by_vjp(_channels(g), view, running_mean, running_var, eps, weight)
+            dx, dweight, dbias = k.standardize_by_vjp(_channels(g), view, running_mean, running_var, eps, weight, bias,
+                                                       relu)
             return dx.reshape(x.shape), None, None, None, dweight, dbias
 
         return y.reshape(x.shape), tuple(None if i in (1, 2, 3) else lambda g, i=i: vjp(g)[i] for i in range(6))
@@ -98,10 +104,10 @@ def batch_norm(x, running_mean, running_var, seen, weight=None, bias=None, train
     if min(samples, n) * view.shape[2] == 1:
         raise ValueError(f"batch_norm cannot take statistics over a single value per channel (input {x.shape}): use "
                          f"larger batches, or group_norm")
-    y, mean, var = k.standardize(view, samples, eps, 0, weight, bias)
+    y, mean, var = k.standardize(view, samples, eps, 0, weight, bias, relu)
 
     def vjp(g):
-        dx, dweight, dbias = k.standardize_vjp(_channels(g), view, mean, var, samples, eps, weight)
+        dx, dweight, dbias = k.standardize_vjp(_channels(g), view, mean, var, samples, eps, weight, bias, relu)
         sizes = np.minimum(samples, n - samples * np.arange(len(mean))).astype(x.dtype)[:, None]
         values = sizes * view.shape[2]
         return (dx.reshape(x.shape), (sizes * mean).sum(axis=0),

@@ -1,0 +1,43 @@
+"""Memory that begins at a cache line.
+
+A vector register is as wide as a cache line. Where an array begins anywhere, as those of malloc do, every vector lies
+across two lines, and each load fetches both: Winograd's convolution takes 0.76 ms instead of 0.86 for 32 images of 16 x 32 x
+32, 0.58 instead of 0.68 for 32 x 16 x 16.
+"""
+
+import numpy as np
+from numba.extending import overload
+
+from .jit import kernel
+
+LINE = 64  # bytes
+
+
+@kernel
+def _empty(size, dtype):
+    memory = np.empty(size + LINE // np.empty(0, dtype).itemsize, dtype)
+    start = -memory.ctypes.data % LINE // memory.itemsize
+    return memory[start:start + size]
+
+
+def empty(size, dtype):
+    """A new array of ``size`` elements, as ``np.empty``."""
+    each = np.dtype(dtype).itemsize
+    memory = np.empty(size + LINE // each, dtype)
+    start = -memory.__array_interface__["data"][0] % LINE // each
+    return memory[start:start + size]
+
+
+def empty_like(x):
+    """A new array whose elements lie in memory as those of ``x``, an array without gaps."""
+    return np.ndarray(x.shape, x.dtype, empty(x.size, x.dtype), 0, x.strides)
+
+
+@overload(empty_like)
+def _compiled_like(x):
+    return lambda x: np.empty_like(x)
+
+
+@overload(empty)
+def _compiled(size, dtype):
+    return lambda size, dtype: _empty(size, dtype)

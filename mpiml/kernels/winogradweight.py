@@ -1,0 +1,156 @@
+"""The gradient of Winograd's convolution for its weight: 36 multiplications for 4 x 4 pixels of ``g`` instead of 144.
+
+What :mod:`winograd` computes for a square, ``A' [(G w G') * (B' d B)] A``, is linear in the weight ``w``, and its transpose
+is the gradient: ``G' [sum of (A g A') * (B' d B)] G``. So each square of 4 x 4 pixels of ``g`` is transformed to 36 values,
+and so are the 6 x 6 pixels of the image that it saw; for each of the values there is a matrix product, a sum over squares
+and samples; and what comes out is transformed to the 9 taps, once. Lanes are samples in the image's values, output channels
+in those of ``g``, which is turned in registers first: so the products are those of :mod:`convweight`.
+
+The error is up to 6e-6 of the largest element in float32, where the direct sum has 7e-7, and does not grow with the batch.
+For 32 images one core of AMD Zen 4 takes 0.74 ms instead of 1.40 for 16 to 16 channels of 32 x 32 pixels, 0.61 instead of
+1.32 for 32 to 32 of 16 x 16, and 0.52 instead of 1.32 for 64 to 64 of 8 x 8.
+"""
+
+
+import numpy as np
+
+from . import aligned
+from .convweight import broadcast_products
+from .jit import kernel
+from .polynomial import number, vector_function
+from .simd import fma, lanes, load, out_of_line, splat, store
+from .tile import across, load_tile, store_tile, turn_part
+from .winograd import VALUES, prefetch_pixel, transform_image
+
+NEAR = 1 << 19  # bytes of values between two rounds of products
+ROUNDS = 16  # after which their sums are added to the total
+
+
+@vector_function
+def _gradient_values(y):
+    """``A y``: four pixels to six values."""
+    y0, y1, y2, y3 = y
+    even, odd = y0 + y2, y1 + y3
+    wide, steep = fma(number(y0, "4"), y2, y0), fma(number(y0, "8"), y3, number(y0, "2") * y1)
+    return y0, even + odd, even - odd, wide + steep, wide - steep, y3
+
+
+@vector_function
+def _taps(m):
+    """``G' m``: six values to three taps."""
+    m0, m1, m2, m3, m4, m5 = m
+    minus, twelfth = number(m0, "-0.16666666666666666"), number(m0, "0.08333333333333333")
+    inner, outer = (m1 + m2) * minus, m3 + m4
+    return (fma(m0, number(m0, "0.25"), fma(outer, number(m0, "0.041666666666666664"), inner)),
+            fma(m3 - m4, twelfth, (m1 - m2) * minus), fma(outer, number(m0, "0.16666666666666666"), inner) + m5)
+
+
+@kernel(exact=True)
+def _transform_gradient(g, gi, pixel, v, vi, plane):
+    """``A g A'`` of the 4 x 4 vectors, ``pixel`` apart, from position ``gi``."""
+    out_of_line()
+    rows = across((_gradient_values(load_tile(g, gi, 4 * pixel, None, 4, 1)),
+                   _gradient_values(load_tile(g, gi + pixel, 4 * pixel, None, 4, 1)),
+                   _gradient_values(load_tile(g, gi + 2 * pixel, 4 * pixel, None, 4, 1)),
+                   _gradient_values(load_tile(g, gi + 3 * pixel, 4 * pixel, None, 4, 1))))
+    store_tile(_gradient_values(rows[0]), v, vi, plane, None, 1)
+    store_tile(_gradient_values(rows[1]), v, vi + 6 * plane, plane, None, 1)
+    store_tile(_gradient_values(rows[2]), v, vi + 12 * plane, plane, None, 1)
+    store_tile(_gradient_values(rows[3]), v, vi + 18 * plane, plane, None, 1)
+    store_tile(_gradient_values(rows[4]), v, vi + 24 * plane, plane, None, 1)
+    store_tile(_gradient_values(rows[5]), v, vi + 30 * plane, plane, None, 1)
+
+
+@kernel(exact=True, writes="dw")
+def _transform_sums(m, mi, plane, dw, at, down, right, count):
+    """``G' m G`` for a vector of sums: the 9 taps, ``down`` and ``right`` apart in ``dw``."""
+    out_of_line()
+    rows = across((_taps(load_tile(m, mi, 6 * plane, None, 6, 1)), _taps(load_tile(m, mi + plane, 6 * plane, None, 6, 1)),
+                   _taps(load_tile(m, mi + 2 * plane, 6 * plane, None, 6, 1)),
+                   _taps(load_tile(m, mi + 3 * plane, 6 * plane, None, 6, 1)),
+                   _taps(load_tile(m, mi + 4 * plane, 6 * plane, None, 6, 1)),
+                   _taps(load_tile(m, mi + 5 * plane, 6 * plane, None, 6, 1))))
+    store_tile(_taps(rows[0]), dw, at, right, count, 1)
+    store_tile(_taps(rows[1]), dw, at + down, right, count, 1)
+    store_tile(_taps(rows[2]), dw, at + 2 * down, right, count, 1)
+
+
+@kernel(exact=True)
+def _move_sums(sums, total):
+    """Add ``sums`` to ``total``, and set them to 0."""
+    out_of_line()
+    for i in range(0, sums.size, lanes(sums)):
+        store(total, i, load(total, i) + load(sums, i))
+        store(sums, i, splat(sums.dtype.type(0)))
+
+
+@kernel(exact=True, reads="g x", writes="dw")
+def weight_gradient_by_values(g, x, dw, padding):
+    """``conv2d_vjp_weight`` of ``g`` and ``x`` that lie batch innermost, for 3 x 3 without strides, dilation and groups.
+
+    The outputs of ``dw`` lie side by side.
+    """
+    out_of_line()
+    samples, channels, height, width = x.shape
+    _, outputs, oh, ow = g.shape
+    full = lanes(g)
+    line = -(-outputs // full) * full
+    depth = max(NEAR // (VALUES * (channels + line) * g.itemsize) // (2 * full), 1) * 2 * full
+    parts = -(-samples // depth)
+    chunk = min(samples, -(-samples // (parts * full)) * full)  # as equal as whole vectors can be
+    together = depth // chunk  # few samples: several squares side by side
+
+    # Planes a little longer than a power of two, or their elements would all want the same places of the cache.
+    x_plane, g_plane, plane = channels * depth + full, depth * line + full, channels * line + full
+    v, w = aligned.empty(VALUES * x_plane, g.dtype), aligned.empty(VALUES * g_plane, g.dtype)
+    sums, square = aligned.empty(VALUES * plane, g.dtype), aligned.empty(VALUES * full, g.dtype)
+    sums[:] = 0
+    pixel = full * full
+    turned = aligned.empty(16 * pixel, g.dtype)
+    turned[:] = 0
+
+    wide = (ow + 3) // 4
+    tiles = (oh + 3) // 4 * wide
+    long = parts * -(-tiles // together) > 2 * ROUNDS  # short chains of additions, small errors
+    total = np.zeros_like(sums) if long else sums
+    rounds = 0
+    for i in range(0, samples, chunk):
+        count = min(samples - i, chunk)
+        for first in range(0, tiles, together):
+            end = min(tiles, first + together)
+            for t in range(first, end):
+                top, left, here = t // wide * 4, t % wide * 4, (t - first) * count
+                for c in range(channels):
+                    for s in range(0, count, full):
+                        transform_image(x, c * samples + i + s, top - padding[0], left - padding[1], height, width,
+                                        channels * samples, count - s, v, c * depth + here + s, x_plane, square)
+                for o in range(0, outputs, full):
+                    for s in range(0, count, full):
+                        for p in range(16):
+                            oy, ox = top + p // 4, left + p % 4
+                            if oy < oh and ox < ow:
+                                turn_part(g, ((oy * ow + ox) * outputs + o) * samples + i + s, samples,
+                                          turned, p * pixel, full, outputs - o, count - s)
+                            else:
+                                for k in range(full):
+                                    store(turned, p * pixel + k * full, splat(g.dtype.type(0)))
+                        for k in range(min(full, count - s)):
+                            _transform_gradient(turned, k * full, pixel, w, (here + s + k) * line + o, g_plane)
+            for value in range(VALUES):
+                for t in range(end, min(tiles, 2 * end - first)):
+                    top, left = t // wide * 4, t % wide * 4
+                    if value < 24:
+                        prefetch_pixel(x, i, top - padding[0] + value // 4, left - padding[1] + 2 + value % 4, count)
+                    if value < 16:
+                        prefetch_pixel(g, i, top + value // 4, left + value % 4, count)
+                broadcast_products(v, value * x_plane, depth, 0, w, value * g_plane, line, 1, (end - first) * count,
+                                   sums, value * plane, line, channels, line)
+            rounds += 1
+            if long and rounds % ROUNDS == 0:
+                _move_sums(sums, total)
+    if long:
+        _move_sums(sums, total)
+    inner, down, right = dw.strides[1] // dw.itemsize, dw.strides[2] // dw.itemsize, dw.strides[3] // dw.itemsize
+    for c in range(channels):
+        for o in range(0, outputs, full):
+            _transform_sums(total, c * line + o, plane, dw, c * inner + o, down, right, outputs - o)
