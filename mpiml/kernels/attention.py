@@ -152,7 +152,7 @@ def _attention(q, k, v, bias, lengths, causal, scale, out, lse):
         qi, ki = (b * q.strides[0] + h * q.strides[1]) // size, (b * k.strides[0] + h * k.strides[1]) // size
         vi, oi = (b * v.strides[0] + h * v.strides[1]) // size, (b * out.strides[0] + h * out.strides[1]) // size
         keys = lengths[b] if lengths.size else tk
-        _pack(k, ki, 1, k_row, d, keys, panel)
+        _pack(k, ki, 1, k_row, d, keys, panel, 0)
         for i0 in range(0, tq, QUERIES):
             m = min(QUERIES, tq - i0)
             here = oi + i0 * o_row
@@ -219,8 +219,8 @@ def _attention_vjp(g, q, k, v, bias, lengths, causal, scale, out, lse, dq, dk, d
         gi, dqi = (b * g.strides[0] + h * g.strides[1]) // size, (b * dq.strides[0] + h * dq.strides[1]) // size
         dki, dvi = (b * dk.strides[0] + h * dk.strides[1]) // size, (b * dv.strides[0] + h * dv.strides[1]) // size
         keys = lengths[b] if lengths.size else tk
-        _pack(k, ki, 1, k_row, d, keys, panel_k)
-        _pack(v, vi, 1, v_row, wide, keys, panel_v)
+        _pack(k, ki, 1, k_row, d, keys, panel_k, 0)
+        _pack(v, vi, 1, v_row, wide, keys, panel_v, 0)
         for i0 in range(0, tq, QUERIES):
             m = min(QUERIES, tq - i0)
             g_here, here = gi + i0 * g_row, dqi + i0 * dq_row
