@@ -20,6 +20,7 @@ import numpy as np
 from numba.extending import register_jitable
 
 from .jit import kernel
+from .polynomial import vector_function
 from .registers import REGISTER
 from .simd import at, flat, lanes, load_part, out_of_line, splat, store
 from .tile import at_least, fetch_tile, load_row, load_tile, outer, store_tile, turn, zero_tile
@@ -32,57 +33,69 @@ OUTER = 512  # its columns
 DIRECT = 1 << 19  # bytes of b up to which it is read where it lies
 
 
-def make_tile(rows, vectors, masked):
-    """A kernel for one tile of the result, with as many rows and vectors a row; the last vectors may be masked."""
-    size = rows * vectors
+def make_tiles(size, vectors, masked):
+    """A function for a column of tiles of the result, with ``size`` rows and as many vectors a row; the last may be masked.
 
-    @kernel(exact=True)
-    def tile(a, ai, a_row, a_step, b, bi, b_step, start, si, s_row, c, ci, c_row, inner, columns, started, relu):
+    It is made a part of its caller: a call costs as much as a tenth of a tile.
+    """
+    registers = size * vectors
+
+    @vector_function
+    def tiles(a, ai, a_row, a_step, b, bi, b_step, start, si, s_row, c, ci, c_row, rows, inner, columns, started, relu):
         count = columns if masked else None
-        fetch_tile(c, ci + rows * c_row, c_row, size, vectors)  # the tile below, which is the next
-        acc = load_tile(start, si, s_row, count, size, vectors) if started else zero_tile(c, size)
-        for _ in range(inner):
-            acc = outer(acc, a, ai, a_row, load_row(b, bi, count, vectors))
-            ai += a_step
-            bi += b_step
-        if relu:
-            acc = at_least(acc, splat(c.dtype.type(0)))
-        store_tile(acc, c, ci, c_row, count, vectors)
+        for _ in range(rows // size):
+            fetch_tile(c, ci + size * c_row, c_row, registers, vectors)  # the next tile
+            acc = load_tile(start, si, s_row, count, registers, vectors) if started else zero_tile(c, registers)
+            i, j = ai, bi
+            for _ in range(inner):
+                acc = outer(acc, a, i, a_row, load_row(b, j, count, vectors))
+                i += a_step
+                j += b_step
+            if relu:
+                acc = at_least(acc, splat(c.dtype.type(0)))
+            store_tile(acc, c, ci, c_row, count, vectors)
+            ai += size * a_row
+            si += size * s_row
+            ci += size * c_row
 
-    return tile
+    return tiles
 
 
-_full = make_tile(ROWS, VECTORS, False)
-_edge = make_tile(ROWS, VECTORS, True)
-_narrow = make_tile(ROWS, 1, True)
-_four, _two, _one = (make_tile(rows, VECTORS, True) for rows in (4, 2, 1))
+_full = make_tiles(ROWS, VECTORS, False)
+_edge = make_tiles(ROWS, VECTORS, True)
+_narrow = make_tiles(ROWS, 1, True)
+_four, _two, _one = (make_tiles(size, VECTORS, True) for size in (4, 2, 1))
 
 
 @kernel(exact=True, reads="a b start", writes="c")
 def _column_of_tiles(a, ai, a_row, a_step, b, bi, b_step, start, si, s_row, c, ci, c_row, rows, inner, columns, started, relu):
     out_of_line()
-    wide = columns == VECTORS * lanes(c)
-    i = 0
-    while i < rows:
-        here, from_, there, left = ai + i * a_row, si + i * s_row, ci + i * c_row, rows - i
-        if left >= ROWS:
-            if wide:
-                _full(a, here, a_row, a_step, b, bi, b_step, start, from_, s_row, c, there, c_row, inner, columns, started, relu)
-            elif columns <= lanes(c):
-                _narrow(a, here, a_row, a_step, b, bi, b_step, start, from_, s_row, c, there, c_row, inner, columns, started,
-                        relu)
-            else:
-                _edge(a, here, a_row, a_step, b, bi, b_step, start, from_, s_row, c, there, c_row, inner, columns, started, relu)
-            i += ROWS
-        elif left >= 4:
-            _four(a, here, a_row, a_step, b, bi, b_step, start, from_, s_row, c, there, c_row, inner, columns, started, relu)
-            i += 4
-        elif left >= 2:
-            _two(a, here, a_row, a_step, b, bi, b_step, start, from_, s_row, c, there, c_row, inner, columns, started, relu)
-            i += 2
+    if rows >= ROWS:
+        whole = rows // ROWS * ROWS
+        if columns == VECTORS * lanes(c):
+            _full(a, ai, a_row, a_step, b, bi, b_step, start, si, s_row, c, ci, c_row, whole, inner, columns, started, relu)
+        elif columns <= lanes(c):
+            _narrow(a, ai, a_row, a_step, b, bi, b_step, start, si, s_row, c, ci, c_row, whole, inner, columns, started, relu)
         else:
-            _one(a, here, a_row, a_step, b, bi, b_step, start, from_, s_row, c, there, c_row, inner, columns, started, relu)
-            i += 1
+            _edge(a, ai, a_row, a_step, b, bi, b_step, start, si, s_row, c, ci, c_row, whole, inner, columns, started, relu)
+        ai += whole * a_row
+        si += whole * s_row
+        ci += whole * c_row
+        rows -= whole
+    if rows >= 4:
+        _four(a, ai, a_row, a_step, b, bi, b_step, start, si, s_row, c, ci, c_row, 4, inner, columns, started, relu)
+        ai += 4 * a_row
+        si += 4 * s_row
+        ci += 4 * c_row
+        rows -= 4
+    if rows >= 2:
+        _two(a, ai, a_row, a_step, b, bi, b_step, start, si, s_row, c, ci, c_row, 2, inner, columns, started, relu)
+        ai += 2 * a_row
+        si += 2 * s_row
+        ci += 2 * c_row
+        rows -= 2
+    if rows:
+        _one(a, ai, a_row, a_step, b, bi, b_step, start, si, s_row, c, ci, c_row, 1, inner, columns, started, relu)
 
 
 @register_jitable(inline="always")
@@ -99,7 +112,8 @@ def _turn(a, i, a_row, b, j, b_row):
 
 
 @kernel(exact=True, reads="b")
-def _pack(b, bi, b_step, b_column, inner, columns, panel, at_panel):
+def pack_at(b, bi, b_step, b_column, inner, columns, panel, at_panel):
+    """Copy ``inner`` x ``columns`` elements of ``b`` to panels of one tile's width, in which a row follows a row."""
     out_of_line()
     width = VECTORS * lanes(b)
     square = lanes(b)
@@ -136,12 +150,9 @@ def whole_tiles(columns, c):
 
 @register_jitable(inline="always")
 def pack(b, bi, b_step, b_column, inner, columns, panels):
-    """Copy ``inner`` x ``columns`` elements of ``b``, in blocks of INNER rows, to panels of one tile's width.
-
-    In a panel a row follows a row. ``panels``, (inner * whole_tiles(columns),), serves :func:`packed_product`.
-    """
+    """Copy ``b`` for :func:`packed_product`, in blocks of INNER rows, to ``panels`` (inner * whole_tiles(columns),)."""
     for k in range(0, inner, INNER):
-        _pack(flat(b), bi + k * b_step, b_step, b_column, min(INNER, inner - k), columns, panels,
+        pack_at(flat(b), bi + k * b_step, b_step, b_column, min(INNER, inner - k), columns, panels,
               k * whole_tiles(columns, panels))
 
 
