@@ -70,28 +70,29 @@ def _linear_vjp(g, x, weight, y, dx, dweight, dbias, add):
     masked = np.empty((min(BLOCK, rows), outputs) if y.size else (0, 0), g.dtype)
     if dbias.size and not add:
         dbias[:] = 0
-    for first in range(0, rows, BLOCK):  # all that is done with some rows of g while they are in cache
-        end = min(rows, first + BLOCK)
+    for first in range(0, max(rows, 1), BLOCK):  # all that is done with some rows of g while they are in cache
+        count = min(BLOCK, rows - first)
         here, top, at_x = g, first, first * x_row
         if y.size:
-            for i in range(first, end):
+            for i in range(count):
                 for j in range(outputs):
-                    masked[i - first, j] = g[i, j] if y[i, j] > 0 else g.dtype.type(0)
+                    masked[i, j] = g[first + i, j] if y[first + i, j] > 0 else g.dtype.type(0)
             here, top = masked, 0
         if dbias.size:
-            for i in range(top, top + end - first):
+            for i in range(top, top + count):
                 for j in range(outputs):
                     dbias[j] += here[i, j]
         if dx.size:
-            packed_product(here, top * outputs, outputs, 1, panels, dx, first * inputs, inputs, end - first, outputs, inputs, False)
+            packed_product(here, top * outputs, outputs, 1, panels, dx, first * inputs, inputs, count, outputs, inputs,
+                           False)
         if dweight.size:
             more = add or first > 0
             if dweight.strides[1] == size:  # g' x
                 gemm(here, top * outputs, 1, outputs, x, at_x, x_row, x_column, dweight, 0, dweight.strides[0] // size,
-                     outputs, end - first, inputs, more)
+                     outputs, count, inputs, more)
             else:  # its transpose, x' g
                 gemm(x, at_x, x_column, x_row, here, top * outputs, outputs, 1, dweight, 0, dweight.strides[1] // size,
-                     inputs, end - first, outputs, more)
+                     inputs, count, outputs, more)
     return True
 
 

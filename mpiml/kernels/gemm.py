@@ -181,7 +181,8 @@ def _packed_product(a, ai, a_row, a_step, panels, start, si, s_row, c, ci, c_row
 @register_jitable(inline="always")
 def packed_product(a, ai, a_row, a_step, panels, c, ci, c_row, rows, inner, columns, add):
     """c = a b or c += a b, with the ``panels`` to which :func:`pack` copied ``b``."""
-    _packed_product(flat(a), ai, a_row, a_step, panels, flat(c), ci, c_row, flat(c), ci, c_row, rows, inner, columns, add, False)
+    _packed_product(flat(a), ai, a_row, a_step, panels, flat(c), ci, c_row, flat(c), ci, c_row, rows, inner, columns, add,
+                    False)
 
 
 @kernel(exact=True, reads="a b start", writes="c")

@@ -8,8 +8,6 @@ Blocks begin at multiples of QUERIES and of KEYS, both multiples of ROWS. The ca
 possible: what lies above the diagonal is not computed.
 """
 
-import numpy as np
-
 from .gemm import ROWS, VECTORS, column_of_tiles
 from .jit import kernel
 from .polynomial import exp_of_negative, number, vector_function
