@@ -175,9 +175,10 @@ def op(rule):
     lives as long as the tape does.
 
     Where the gradients share work, ``vjps`` is one function ``vjp(g, into)`` of the gradient for the value and a list
-    with an entry for each positional argument up to the last one wanted: None if not wanted, else an array to which it may be
-    added, or True. It returns the gradients, None for those added and those left out. One that nobody wanted but that
-    came along is not computed again where it was only put off (``later`` in :func:`backward`).
+    with an entry for each positional argument up to the last one wanted: None if it is not wanted, else an array to
+    which it may be added, or True. It returns the gradients, in new arrays, and None for those added and those left out.
+    One that nobody wanted but that came along is not computed again where it was only put off (``later`` in
+    :func:`backward`).
 
     Raises
     ------
@@ -284,7 +285,10 @@ def backward(root, gradient=None, wrt=None, later=None):
                     yield argument
             else:
                 _check(part, argument, joint or vjp)
-                gradients[argument] = gradients[argument] + part if argument in gradients else part
+                if argument in gradients:
+                    own = part if joint is not None and isinstance(part, np.ndarray) else None  # memory to write to
+                    part = np.add(gradients[argument], part, out=own)
+                gradients[argument] = part
                 if not left:
                     ready.append(argument)
 

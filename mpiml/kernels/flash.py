@@ -29,6 +29,14 @@ def _scaled_rows(x, xi, x_row, rows, n, scale, y):
 
 
 @vector_function
+def _clear_rows(x, xi, x_row, rows, n):
+    step = lanes(x)
+    for r in range(rows):
+        for j in range(0, n, step):
+            store_part(x, xi + r * x_row + j, splat(x.dtype.type(0)), n - j)
+
+
+@vector_function
 def _dot(x, i, y, j, n):
     step = lanes(x)
     total = splat(x.dtype.type(0))
@@ -98,7 +106,6 @@ def backward(g, q, k, v, bias, lengths, causal, scale, out, lse, dq, dk, dv):
     rows_k = np.empty(tk * whole_tiles(d, q), dtype)
     s, ds, rows_q = np.empty(QUERIES * ROOM, dtype), np.empty(QUERIES * ROOM, dtype), np.empty(QUERIES * d, dtype)
     delta, top = np.empty((2, QUERIES), dtype)
-    dk[:], dv[:] = 0, 0
     for item in range(batch * heads):
         b, h = item // heads, item % heads
         qi, ki, oi, gi = _at(q, b, h), _at(k, b, h), _at(out, b, h), _at(g, b, h)
@@ -107,6 +114,8 @@ def backward(g, q, k, v, bias, lengths, causal, scale, out, lse, dq, dk, dv):
         pack_at(fk, ki, 1, k_row, d, keys, panels_k, 0)
         pack_at(fv, _at(v, b, h), 1, v_row, wide, keys, panels_v, 0)
         pack_at(fk, ki, k_row, 1, keys, d, rows_k, 0)
+        _clear_rows(fdk, dki, dk_row, tk, d)
+        _clear_rows(fdv, dvi, dv_row, tk, wide)
         for i0 in range(0, tq, QUERIES):
             m = min(QUERIES, tq - i0)
             g_here, here = gi + i0 * g_row, dqi + i0 * dq_row
