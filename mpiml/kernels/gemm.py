@@ -36,7 +36,8 @@ DIRECT = 1 << 19  # bytes of b up to which it is read where it lies
 def make_tiles(size, vectors, masked):
     """A function for a column of tiles of the result, with ``size`` rows and as many vectors a row; the last may be masked.
 
-    It is made a part of its caller: a call costs as much as a tenth of a tile.
+    It is made a part of its caller: to hand over some forty numbers in a call costs 100 cycles, of 512 that a tile of an
+    inner dimension of 32 takes.
     """
     registers = size * vectors
 
@@ -44,7 +45,7 @@ def make_tiles(size, vectors, masked):
     def tiles(a, ai, a_row, a_step, b, bi, b_step, start, si, s_row, c, ci, c_row, rows, inner, columns, started, relu):
         count = columns if masked else None
         for _ in range(rows // size):
-            fetch_tile(c, ci + size * c_row, c_row, registers, vectors)  # the next tile
+            fetch_tile(c, ci + size * c_row, c_row, registers, vectors)  # the next one: 5 to 10 % where c is not in cache
             acc = load_tile(start, si, s_row, count, registers, vectors) if started else zero_tile(c, registers)
             i, j = ai, bi
             for _ in range(inner):
