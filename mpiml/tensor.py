@@ -174,9 +174,11 @@ def op(rule):
     once at most, and only if that argument is a Tensor, so a rule saves nothing by hand: what a vjp mentions
     lives as long as the tape does.
 
-    Where the gradients share work, ``vjps`` is one function of the gradient for the value and a list with an entry
-    for each positional argument: None if its gradient is not wanted, else an array to which it may be added, or
-    True. It returns the gradients, None for those not wanted or added.
+    Where the gradients share work, ``vjps`` is one function ``vjp(g, into)`` of the gradient for the value and a list
+    with an entry for each positional argument up to the last one wanted: None if it is not wanted, else an array to
+    which it may be added, or True. It returns the gradients, in new arrays (one may serve several arguments), and None
+    for those added and those left out. One that nobody wanted but that came along is not computed again where it was
+    only put off (``later`` in :func:`backward`).
 
     Raises
     ------
@@ -278,19 +280,26 @@ def backward(root, gradient=None, wrt=None, later=None):
         node = ready.pop()
         g = gradients.pop(node)
         edges, joint, node.edges, node.joint = node.edges, node.joint, None, None
+        put_off = ()
         if later is not None:
             waits = [isinstance(argument, Tensor) and argument is not wrt for argument, _ in edges]
-            if any(waits):
-                later.append(functools.partial(_contribute, [*itertools.compress(edges, waits)], joint, g))
-                edges = [edge for edge, wait in zip(edges, waits, strict=True) if not wait]
+            put_off = [*itertools.compress(edges, waits)]
+            edges = [edge for edge, wait in zip(edges, waits, strict=True) if not wait]
         parts = None if joint is None else _all(edges, joint, g)
+        if put_off:
+            came = {i: parts[i] for _, i in put_off} if parts else {}
+            later.append(functools.partial(_contribute, put_off, joint, g, came))
         for argument, vjp in edges:
             part = vjp(g) if joint is None else parts[vjp]
             left = uses[argument] = uses[argument] - 1
             if isinstance(argument, Node):
                 if type(part) is not np.ndarray or part.shape != argument.shape or part.dtype != argument.dtype:
                     _check(part, argument, joint or vjp)
-                gradients[argument] = gradients[argument] + part if argument in gradients else part
+                if argument in gradients:
+                    # What a joint vjp made for this argument alone is memory to write to.
+                    own = part if joint is not None and sum(other is part for other in parts) == 1 else None
+                    part = np.add(gradients[argument], part, out=own)
+                gradients[argument] = part
                 if not left:
                     ready.append(argument)
             else:
@@ -310,9 +319,10 @@ def _all(edges, joint, g):
     return joint(g, offers)
 
 
-def _contribute(edges, joint, g):
-    """Add to the gradients of leaves what a part of the backward pass left for later."""
-    parts = None if joint is None else _all(edges, joint, g)
+def _contribute(edges, joint, g, parts):
+    """Add to the gradients of leaves what was left for later; ``parts`` of a joint vjp may have come along before."""
+    if joint is not None and any(parts.get(i) is None for _, i in edges):
+        parts = _all(edges, joint, g)
     for leaf, vjp in edges:
         part = vjp(g) if joint is None else parts[vjp]
         if part is not None or joint is None:

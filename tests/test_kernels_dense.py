@@ -141,3 +141,8 @@ def test_a_read_only_array_is_never_written():
         with pytest.raises(ValueError, match="read-only"):
             write()
     assert not out.any()
+
+
+def test_the_gradient_of_no_rows_is_zero():
+    assert (k.linear_vjp_weight(np.ones((0, 3)), np.ones((0, 2))) == 0).all()
+    assert (k.linear_vjp_bias(np.ones((0, 3))) == 0).all()

@@ -374,3 +374,32 @@ def test_the_tape_holds_only_what_a_vjp_needs():
     assert value() is None
     out.backward(np.ones((3, 2)))
     np.testing.assert_array_equal(x.grad, np.full((3, 4), 2.0))
+
+
+@pytest.mark.parametrize("all_at_once", [True, False])
+def test_gradients_put_off_are_not_computed_twice(all_at_once):
+    calls = []
+
+    @op
+    def scaled(x, weight):
+        def vjp(g, into):
+            calls.append([place is not None for place in into])
+            return g * weight, g * x if all_at_once or len(into) == 2 else None
+        return x * weight, vjp
+
+    x, weight, later = leaf(1, 2), leaf(3, 4), []
+    assert list(backward(scaled(x, weight), np.ones(2), wrt=x, later=later)) == [x]
+    assert weight.grad is None
+    for contribute in later:
+        contribute()
+    np.testing.assert_array_equal(x.grad, [3, 4])
+    np.testing.assert_array_equal(weight.grad, [1, 2])
+    assert len(calls) == (1 if all_at_once else 2)
+
+
+def test_a_gradient_that_serves_two_arguments_is_not_written_to():
+    x = Tensor(np.array([1.0, -2.0, 3.0]))
+    a, b = 2 * x, 3 * x
+    total = a * 5.0 + b * 7.0 + ops.add_relu(a, b)  # both have a gradient already when the shared one comes
+    total.backward(np.ones(3))
+    np.testing.assert_array_equal(x.grad, 31 + 5 * (x.value > 0))

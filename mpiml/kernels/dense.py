@@ -6,11 +6,13 @@ both the map and the gradient for the weight read and write it in the order in w
 
 import numpy as np
 
-from .gemm import gemm
+from .gemm import affine, gemm, pack, packed_product, whole_tiles
 from .jit import kernel
 from .public import check_dtypes, check_writable, contiguous_output, output, public, refuse
 
-BLOCK = 128  # rows of a result that get their bias, sum and relu while they are in cache
+# Rows of a gradient that serve for all that is made of them while they are in cache: 5 to 15 % less time for 1024 of them
+# than one pass for each of dx, dweight and dbias.
+BLOCK = 256
 
 
 @kernel(exact=True, reads="a b", writes="c")
@@ -41,22 +43,10 @@ def _linear(x, weight, bias, relu, y):
     rows, outputs = y.shape
     if x.shape[0] != rows or x.shape[1] != weight.shape[1] or weight.shape[0] != outputs or bias.size not in (0, outputs):
         return False
-    x_row, x_column = x.strides[0] // size, x.strides[1] // size
-    side_by_side = np.empty(bias.size, y.dtype)  # of a bias of any stride, so that the loop below is one of vectors
-    for j in range(bias.size):
-        side_by_side[j] = bias[j]
-    for first in range(0, rows, BLOCK):
-        end = min(rows, first + BLOCK)
-        if bias.size:  # where the sums begin
-            for i in range(first, end):
-                for j in range(outputs):
-                    y[i, j] = side_by_side[j]
-        gemm(x, first * x_row, x_row, x_column, weight, 0, weight.strides[1] // size, weight.strides[0] // size,
-             y, first * outputs, outputs, end - first, x.shape[1], outputs, bias.size > 0)
-        if relu:
-            for i in range(first, end):
-                for j in range(outputs):
-                    y[i, j] = y.dtype.type(0) if y[i, j] <= 0 else y[i, j]  # NaN stays
+    side_by_side = np.empty(bias.size, y.dtype)
+    side_by_side[:] = bias
+    affine(x, 0, x.strides[0] // size, x.strides[1] // size, weight, 0, weight.strides[1] // size, weight.strides[0] // size,
+           side_by_side, y, 0, outputs, rows, x.shape[1], outputs, relu)
     return True
 
 
@@ -74,27 +64,37 @@ def _linear_vjp(g, x, weight, y, dx, dweight, dbias, add):
         return False
     if dweight.size and (dweight.shape != weight.shape or size not in dweight.strides):
         return False
-    if y.size:
-        masked = np.empty((rows, outputs), g.dtype)
-        for i in range(rows):
-            for j in range(outputs):
-                masked[i, j] = g[i, j] if y[i, j] > 0 else g.dtype.type(0)
-        g = masked
-    if dbias.size:
-        if not add:
-            dbias[:] = 0
-        for i in range(rows):
-            for j in range(outputs):
-                dbias[j] += g[i, j]
-    if dweight.size:
-        x_row, x_column = x.strides[0] // size, x.strides[1] // size
-        if dweight.strides[1] == size:  # g' x
-            gemm(g, 0, 1, outputs, x, 0, x_row, x_column, dweight, 0, dweight.strides[0] // size, outputs, rows, inputs, add)
-        else:  # its transpose, x' g
-            gemm(x, 0, x_column, x_row, g, 0, outputs, 1, dweight, 0, dweight.strides[1] // size, inputs, rows, outputs, add)
+    step, across = weight.strides[0] // size, weight.strides[1] // size
+    x_row, x_column = x.strides[0] // size, x.strides[1] // size
+    panels = np.empty(outputs * whole_tiles(inputs, g) if dx.size else 0, g.dtype)
     if dx.size:
-        gemm(g, 0, outputs, 1, weight, 0, weight.strides[0] // size, weight.strides[1] // size, dx, 0, inputs,
-             rows, outputs, inputs, False)
+        pack(weight, 0, step, across, outputs, inputs, panels)
+    masked = np.empty((min(BLOCK, rows), outputs) if y.size else (0, 0), g.dtype)
+    if dbias.size and not add:
+        dbias[:] = 0
+    for first in range(0, max(rows, 1), BLOCK):  # all that is done with some rows of g while they are in cache
+        count = min(BLOCK, rows - first)
+        here, top, at_x = g, first, first * x_row
+        if y.size:
+            for i in range(count):
+                for j in range(outputs):
+                    masked[i, j] = g[first + i, j] if y[first + i, j] > 0 else g.dtype.type(0)
+            here, top = masked, 0
+        if dbias.size:
+            for i in range(top, top + count):
+                for j in range(outputs):
+                    dbias[j] += here[i, j]
+        if dx.size:
+            packed_product(here, top * outputs, outputs, 1, panels, dx, first * inputs, inputs, count, outputs, inputs,
+                           False)
+        if dweight.size:
+            more = add or first > 0
+            if dweight.strides[1] == size:  # g' x
+                gemm(here, top * outputs, 1, outputs, x, at_x, x_row, x_column, dweight, 0, dweight.strides[0] // size,
+                     outputs, count, inputs, more)
+            else:  # its transpose, x' g
+                gemm(x, at_x, x_column, x_row, here, top * outputs, outputs, 1, dweight, 0, dweight.strides[1] // size,
+                     inputs, count, outputs, more)
     return True
 
 

@@ -20,70 +20,90 @@ import numpy as np
 from numba.extending import register_jitable
 
 from .jit import kernel
+from .polynomial import vector_function
 from .registers import REGISTER
-from .simd import at, flat, lanes, load_part, out_of_line, store
-from .tile import load_row, load_tile, outer, store_tile, turn, zero_tile
+from .simd import at, flat, lanes, load_part, out_of_line, splat, store
+from .tile import at_least, fetch_tile, load_row, load_tile, outer, store_tile, turn, zero_tile
 
 # The registers of AVX-512 and NEON (32) and of AVX2 (16) hold these tiles and one row and column besides.
 ROWS, VECTORS = {64: (8, 2), 32: (6, 2), 16: (6, 4)}[REGISTER]
+BLOCK = 16 * ROWS  # rows of the result that are done with before the next
 INNER = 256  # rows of a packed block of b
 OUTER = 512  # its columns
 DIRECT = 1 << 19  # bytes of b up to which it is read where it lies
 
 
-def make_tile(rows, vectors, masked):
-    """A kernel for one tile of the result, with as many rows and vectors a row; the last vectors may be masked."""
-    size = rows * vectors
+def make_tiles(size, vectors, masked):
+    """A function for a column of tiles of the result, with ``size`` rows and as many vectors a row; the last may be masked.
 
-    @kernel(exact=True)
-    def tile(a, ai, a_row, a_step, b, bi, b_step, c, ci, c_row, inner, columns, add):
+    It is made a part of its caller: to hand over some forty numbers in a call costs 100 cycles, of 512 that a tile of an
+    inner dimension of 32 takes.
+    """
+    registers = size * vectors
+
+    @vector_function
+    def tiles(a, ai, a_row, a_step, b, bi, b_step, start, si, s_row, c, ci, c_row, rows, inner, columns, started, relu):
         count = columns if masked else None
-        acc = load_tile(c, ci, c_row, count, size, vectors) if add else zero_tile(c, size)
-        for _ in range(inner):
-            acc = outer(acc, a, ai, a_row, load_row(b, bi, count, vectors))
-            ai += a_step
-            bi += b_step
-        store_tile(acc, c, ci, c_row, count, vectors)
+        for _ in range(rows // size):
+            fetch_tile(c, ci + size * c_row, c_row, registers, vectors)  # the next one: 5 to 10 % where c is not in cache
+            acc = load_tile(start, si, s_row, count, registers, vectors) if started else zero_tile(c, registers)
+            i, j = ai, bi
+            for _ in range(inner):
+                acc = outer(acc, a, i, a_row, load_row(b, j, count, vectors))
+                i += a_step
+                j += b_step
+            if relu:
+                acc = at_least(acc, splat(c.dtype.type(0)))
+            store_tile(acc, c, ci, c_row, count, vectors)
+            ai += size * a_row
+            si += size * s_row
+            ci += size * c_row
 
-    return tile
+    return tiles
 
 
-_full = make_tile(ROWS, VECTORS, False)
-_edge = make_tile(ROWS, VECTORS, True)
-_narrow = make_tile(ROWS, 1, True)
-_four, _two, _one = (make_tile(rows, VECTORS, True) for rows in (4, 2, 1))
+_full = make_tiles(ROWS, VECTORS, False)
+_edge = make_tiles(ROWS, VECTORS, True)
+_narrow = make_tiles(ROWS, 1, True)
+_four, _two, _one = (make_tiles(size, VECTORS, True) for size in (4, 2, 1))
 
 
-@kernel(exact=True, reads="a b", writes="c")
-def _column_of_tiles(a, ai, a_row, a_step, b, bi, b_step, c, ci, c_row, rows, inner, columns, add):
+@kernel(exact=True, reads="a b start", writes="c")
+def _column_of_tiles(a, ai, a_row, a_step, b, bi, b_step, start, si, s_row, c, ci, c_row, rows, inner, columns, started, relu):
     out_of_line()
-    wide = columns == VECTORS * lanes(c)
-    i = 0
-    while i < rows:
-        here, there, left = ai + i * a_row, ci + i * c_row, rows - i
-        if left >= ROWS:
-            if wide:
-                _full(a, here, a_row, a_step, b, bi, b_step, c, there, c_row, inner, columns, add)
-            elif columns <= lanes(c):
-                _narrow(a, here, a_row, a_step, b, bi, b_step, c, there, c_row, inner, columns, add)
-            else:
-                _edge(a, here, a_row, a_step, b, bi, b_step, c, there, c_row, inner, columns, add)
-            i += ROWS
-        elif left >= 4:
-            _four(a, here, a_row, a_step, b, bi, b_step, c, there, c_row, inner, columns, add)
-            i += 4
-        elif left >= 2:
-            _two(a, here, a_row, a_step, b, bi, b_step, c, there, c_row, inner, columns, add)
-            i += 2
+    if rows >= ROWS:
+        whole = rows // ROWS * ROWS
+        if columns == VECTORS * lanes(c):
+            _full(a, ai, a_row, a_step, b, bi, b_step, start, si, s_row, c, ci, c_row, whole, inner, columns, started, relu)
+        elif columns <= lanes(c):
+            _narrow(a, ai, a_row, a_step, b, bi, b_step, start, si, s_row, c, ci, c_row, whole, inner, columns, started, relu)
         else:
-            _one(a, here, a_row, a_step, b, bi, b_step, c, there, c_row, inner, columns, add)
-            i += 1
+            _edge(a, ai, a_row, a_step, b, bi, b_step, start, si, s_row, c, ci, c_row, whole, inner, columns, started, relu)
+        ai += whole * a_row
+        si += whole * s_row
+        ci += whole * c_row
+        rows -= whole
+    if rows >= 4:
+        _four(a, ai, a_row, a_step, b, bi, b_step, start, si, s_row, c, ci, c_row, 4, inner, columns, started, relu)
+        ai += 4 * a_row
+        si += 4 * s_row
+        ci += 4 * c_row
+        rows -= 4
+    if rows >= 2:
+        _two(a, ai, a_row, a_step, b, bi, b_step, start, si, s_row, c, ci, c_row, 2, inner, columns, started, relu)
+        ai += 2 * a_row
+        si += 2 * s_row
+        ci += 2 * c_row
+        rows -= 2
+    if rows:
+        _one(a, ai, a_row, a_step, b, bi, b_step, start, si, s_row, c, ci, c_row, 1, inner, columns, started, relu)
 
 
 @register_jitable(inline="always")
 def column_of_tiles(a, ai, a_row, a_step, b, bi, b_step, c, ci, c_row, rows, inner, columns, add):
     """``rows`` x ``columns`` elements of ``c``, at most one tile wide; arguments are flat positions and strides."""
-    _column_of_tiles(flat(a), ai, a_row, a_step, flat(b), bi, b_step, flat(c), ci, c_row, rows, inner, columns, add)
+    _column_of_tiles(flat(a), ai, a_row, a_step, flat(b), bi, b_step, flat(c), ci, c_row, flat(c), ci, c_row, rows, inner,
+                     columns, add, False)
 
 
 @kernel(exact=True)
@@ -93,13 +113,13 @@ def _turn(a, i, a_row, b, j, b_row):
 
 
 @kernel(exact=True, reads="b")
-def _pack(b, bi, b_step, b_column, inner, columns, panel):
-    """Copy a block of ``b`` to panels of one tile's width, in which a row follows a row."""
+def pack_at(b, bi, b_step, b_column, inner, columns, panel, at_panel):
+    """Copy ``inner`` x ``columns`` elements of ``b`` to panels of one tile's width, in which a row follows a row."""
     out_of_line()
     width = VECTORS * lanes(b)
     square = lanes(b)
     for j in range(0, columns, width):
-        to = j * inner
+        to = at_panel + j * inner
         n = min(width, columns - j)
         k = 0
         if b_column != 1 and b_step == 1:  # b is the transpose of an array: squares of it turned round in registers
@@ -122,28 +142,77 @@ def _pack(b, bi, b_step, b_column, inner, columns, panel):
             k += 1
 
 
-@kernel(exact=True, reads="a b", writes="c")
-def _gemm(a, ai, a_row, a_step, b, bi, b_step, b_column, c, ci, c_row, rows, inner, columns, add):
+@register_jitable(inline="always")
+def whole_tiles(columns, c):
+    """``columns`` rounded up to tiles of the dtype of the array ``c``."""
+    width = VECTORS * lanes(c)
+    return -(-columns // width) * width
+
+
+@register_jitable(inline="always")
+def pack(b, bi, b_step, b_column, inner, columns, panels):
+    """Copy ``b`` for :func:`packed_product`, in blocks of INNER rows, to ``panels`` (inner * whole_tiles(columns),)."""
+    for k in range(0, inner, INNER):
+        pack_at(flat(b), bi + k * b_step, b_step, b_column, min(INNER, inner - k), columns, panels,
+              k * whole_tiles(columns, panels))
+
+
+@kernel(exact=True, reads="a start", writes="c")
+def _packed_product(a, ai, a_row, a_step, panels, start, si, s_row, c, ci, c_row, rows, inner, columns, started, relu):
+    """c = start + a b for a packed b."""
     out_of_line()
     width = VECTORS * lanes(c)
-    direct = b_column == 1 and inner * columns * c.itemsize <= DIRECT
-    if direct or inner == 0:
-        for j in range(0, columns, width):
-            _column_of_tiles(a, ai, a_row, a_step, b, bi + j, b_step, c, ci + j, c_row, rows, inner,
-                             min(width, columns - j), add)
+    for i in range(0, rows, BLOCK):
+        m = min(BLOCK, rows - i)
+        for k in range(0, max(inner, 1), INNER):
+            depth = min(INNER, inner - k)
+            last = k + depth == inner
+            panel = k * whole_tiles(columns, c)
+            for j in range(0, columns, width):
+                here = ci + i * c_row + j
+                if k:
+                    _column_of_tiles(a, ai + i * a_row + k * a_step, a_row, a_step, panels, panel + j * depth, width,
+                                     c, here, c_row, c, here, c_row, m, depth, min(width, columns - j), True, relu and last)
+                else:
+                    _column_of_tiles(a, ai + i * a_row, a_row, a_step, panels, panel + j * depth, width, start,
+                                     si + i * s_row + j, s_row, c, here, c_row, m, depth, min(width, columns - j), started,
+                                     relu and last)
+
+
+@register_jitable(inline="always")
+def packed_product(a, ai, a_row, a_step, panels, c, ci, c_row, rows, inner, columns, add):
+    """c = a b or c += a b, with the ``panels`` to which :func:`pack` copied ``b``."""
+    _packed_product(flat(a), ai, a_row, a_step, panels, flat(c), ci, c_row, flat(c), ci, c_row, rows, inner, columns, add,
+                    False)
+
+
+@kernel(exact=True, reads="a b start", writes="c")
+def _gemm(a, ai, a_row, a_step, b, bi, b_step, b_column, start, si, s_row, c, ci, c_row, rows, inner, columns, started, relu):
+    out_of_line()
+    width = VECTORS * lanes(c)
+    if b_column == 1 and inner * columns * c.itemsize <= DIRECT:
+        for i in range(0, rows, BLOCK):
+            for j in range(0, columns, width):
+                _column_of_tiles(a, ai + i * a_row, a_row, a_step, b, bi + j, b_step, start, si + i * s_row + j, s_row,
+                                 c, ci + i * c_row + j, c_row, min(BLOCK, rows - i), inner, min(width, columns - j),
+                                 started, relu)
         return
-    panel = np.empty(min(inner, INNER) * (min(columns, OUTER) + width), c.dtype)
-    for j0 in range(0, columns, OUTER):
-        n = min(OUTER, columns - j0)
-        for k0 in range(0, inner, INNER):
-            depth = min(INNER, inner - k0)
-            _pack(b, bi + k0 * b_step + j0 * b_column, b_step, b_column, depth, n, panel)
-            for j in range(0, n, width):
-                _column_of_tiles(a, ai + k0 * a_step, a_row, a_step, panel, j * depth, width, c, ci + j0 + j, c_row, rows,
-                                 depth, min(width, n - j), add or k0 > 0)
+    panels = np.empty(inner * whole_tiles(min(columns, OUTER), c), c.dtype)
+    for j in range(0, columns, OUTER):
+        n = min(OUTER, columns - j)
+        pack(b, bi + j * b_column, b_step, b_column, inner, n, panels)
+        _packed_product(a, ai, a_row, a_step, panels, start, si + j, s_row, c, ci + j, c_row, rows, inner, n, started, relu)
 
 
 @register_jitable(inline="always")
 def gemm(a, ai, a_row, a_step, b, bi, b_step, b_column, c, ci, c_row, rows, inner, columns, add):
     """c = a b, or c += a b: ``c[i, j]`` at flat position ``ci + i * c_row + j``, ``a`` and ``b`` of any strides."""
-    _gemm(flat(a), ai, a_row, a_step, flat(b), bi, b_step, b_column, flat(c), ci, c_row, rows, inner, columns, add)
+    _gemm(flat(a), ai, a_row, a_step, flat(b), bi, b_step, b_column, flat(c), ci, c_row, flat(c), ci, c_row, rows, inner,
+          columns, add, False)
+
+
+@register_jitable(inline="always")
+def affine(a, ai, a_row, a_step, b, bi, b_step, b_column, row, c, ci, c_row, rows, inner, columns, relu):
+    """c = row + a b, the contiguous ``row`` added to each of c's unless it is empty, then max(., 0) with ``relu``."""
+    _gemm(flat(a), ai, a_row, a_step, flat(b), bi, b_step, b_column, flat(row), 0, 0, flat(c), ci, c_row, rows, inner, columns,
+          row.size > 0, relu)

@@ -130,6 +130,15 @@ def emit_store(builder, kind, value, address, count=None):
     builder.call(function, [value, address, ir.Constant(INT, kind.dtype.bitwidth // 8), mask])
 
 
+def emit_fetch(builder, address):
+    """Have the line of the cache at an address fetched while the work goes on; any address will do."""
+    byte = builder.bitcast(address, ir.IntType(8).as_pointer())
+    function = cgutils.get_or_insert_function(
+        builder.module, ir.FunctionType(ir.VoidType(), [byte.type, INT, INT, INT]), "llvm.prefetch.p0")
+    read, close, data = (ir.Constant(INT, value) for value in (0, 3, 1))
+    builder.call(function, [byte, read, close, data])
+
+
 def emit_counts(builder, count, given, kind, vectors):
     """How many of a row's ``count`` elements each of its vectors holds; None, where it is ``given`` as None, for all."""
     return [None if given is types.none else emit_moved(builder, count, -j * kind.lanes) for j in range(vectors)]

@@ -15,6 +15,7 @@ from .registers import (
     Vector,
     emit_call,
     emit_counts,
+    emit_fetch,
     emit_load,
     emit_moved,
     emit_pointer,
@@ -111,6 +112,22 @@ def store_tile(typing, tile, a, i, stride, count, vectors):
         return context.get_dummy_value()
 
     return types.none(tile, a, types.intp, types.intp, optional(count), vectors), code
+
+
+@intrinsic(prefer_literal=True)
+def fetch_tile(typing, a, i, stride, size, vectors):
+    """Have the memory of a tile, laid out as for :func:`load_tile`, brought into the cache while the work goes on."""
+    kind, width, n = Vector(a.dtype), vectors.literal_value, size.literal_value
+
+    def code(context, builder, signature, args):
+        position = args[1]
+        for _ in range(n // width):
+            for j in range(width):
+                emit_fetch(builder, emit_pointer(context, builder, a, args[0], emit_moved(builder, position, j * kind.lanes)))
+            position = builder.add(position, args[2])
+        return context.get_dummy_value()
+
+    return types.none(a, types.intp, types.intp, size, vectors), code
 
 
 @intrinsic(prefer_literal=True)

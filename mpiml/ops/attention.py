@@ -22,12 +22,8 @@ def scaled_dot_product_attention(q, k_, v, is_causal=False, mask=None, scale=Non
     """
     floats("scaled_dot_product_attention", q)
     out, logsumexp = k.attention(q, k_, v, is_causal, None, mask, scale)
-    shares = {}
 
-    def share(i, g):
-        # The three gradients have most of their work in common: the first that is asked for brings the others along.
-        if i not in shares:
-            shares.update(enumerate(k.attention_vjp(g, q, k_, v, out, logsumexp, is_causal, None, mask, scale)))
-        return shares.pop(i)
+    def vjp(g, into):
+        return k.attention_vjp(g, q, k_, v, out, logsumexp, is_causal, None, mask, scale)
 
-    return out, (lambda g: share(0, g), lambda g: share(1, g), lambda g: share(2, g))
+    return out, vjp

@@ -19,24 +19,11 @@ def layer_norm(x, weight=None, bias=None, eps=1e-5, axes=1):
     flat = [None if a is None else a.reshape(features) for a in (weight, bias)]
     y, mean, scale = k.layer_norm(rows, *flat, eps)
 
-    def vjp(g):
+    def vjp(g, into):
         dx, dweight, dbias = k.layer_norm_vjp(g.reshape(rows.shape), rows, mean, scale, flat[0])
         return dx.reshape(x.shape), dweight.reshape(shape), dbias.reshape(shape)
 
-    return y.reshape(x.shape), _once(vjp)
-
-
-def _once(compute):
-    """A vjp whose first call computes the gradients for all arguments; a second one, for those put off, has them."""
-    kept = []
-
-    def vjp(g, into):
-        if not kept:
-            dx, *kept[:] = compute(g)
-            return dx, *kept
-        return None, *kept
-
-    return vjp
+    return y.reshape(x.shape), vjp
 
 
 def _channels(x):
@@ -58,11 +45,11 @@ def group_norm(x, groups, weight=None, bias=None, eps=1e-5, relu=False):
     view = _channels(x)
     y, mean, var = k.standardize(view, 1, eps, groups, weight, bias, relu)
 
-    def vjp(g):
+    def vjp(g, into):
         dx, dweight, dbias = k.standardize_vjp(_channels(g), view, mean, var, 1, eps, weight, bias, relu)
         return dx.reshape(x.shape), None, dweight, dbias
 
-    return y.reshape(x.shape), _once(vjp)
+    return y.reshape(x.shape), vjp
 
 
 @op
@@ -106,11 +93,11 @@ def batch_norm(x, running_mean, running_var, seen, weight=None, bias=None, train
                          f"larger batches, or group_norm")
     y, mean, var = k.standardize(view, samples, eps, 0, weight, bias, relu)
 
-    def vjp(g):
+    def vjp(g, into):
         dx, dweight, dbias = k.standardize_vjp(_channels(g), view, mean, var, samples, eps, weight, bias, relu)
         sizes = np.minimum(samples, n - samples * np.arange(len(mean))).astype(x.dtype)[:, None]
         values = sizes * view.shape[2]
         return (dx.reshape(x.shape), (sizes * mean).sum(axis=0),
                 (sizes * var * values / np.maximum(values - 1, 1)).sum(axis=0), sizes.sum(), dweight, dbias)
 
-    return y.reshape(x.shape), _once(vjp)
+    return y.reshape(x.shape), vjp

@@ -1,0 +1,141 @@
+"""Scaled dot-product attention, softmax(q k' scale) v, block by block: the matrix of all scores is never stored.
+
+A block of queries meets one block of keys after the other. Of the scores of a row only its largest, the sum of their
+exponentials and the sum of the values so weighted are kept; when a later block brings a larger score, the two sums are
+scaled down (Milakov and Gimelshein 2018, "Online normalizer calculation for softmax"; Dao et al. 2022,
+"FlashAttention"). Backward the scores are computed anew, from the logarithm of the sum of exponentials of each row.
+
+All products are made of the register tile of :mod:`mpiml.kernels.gemm`. With a causal mask, tiles above the diagonal are
+left out. A row's bits are a function of its query, the keys and the values.
+"""
+
+import numpy as np
+
+from .gemm import pack_at, whole_tiles
+from .jit import kernel
+from .polynomial import log, vector_function
+from .scores import KEYS, QUERIES, ROOM, add_bias, by_key, by_query, exponentials, scores, slopes
+from .simd import flat, fma, lanes, load, load_part, reduce_add, splat, store, store_part
+from .softmax import row_scale
+
+
+@kernel(exact=True, reads="x", writes="y")
+def _scaled_rows(x, xi, x_row, rows, n, scale, y):
+    """Copy rows, times ``scale``, to where they are consecutive."""
+    step = lanes(x)
+    for r in range(rows):
+        for j in range(0, n, step):
+            store_part(y, r * n + j, load_part(x, xi + r * x_row + j, n - j) * splat(scale), n - j)
+
+
+@vector_function
+def _clear_rows(x, xi, x_row, rows, n):
+    step = lanes(x)
+    for r in range(rows):
+        for j in range(0, n, step):
+            store_part(x, xi + r * x_row + j, splat(x.dtype.type(0)), n - j)
+
+
+@vector_function
+def _dot(x, i, y, j, n):
+    step = lanes(x)
+    total = splat(x.dtype.type(0))
+    for k in range(0, n, step):
+        total = fma(load_part(x, i + k, n - k), load_part(y, j + k, n - k), total)
+    return reduce_add(total)
+
+
+@vector_function
+def _at(x, b, h):
+    """Position of the first row of a head of ``x`` (batch, heads, t, d)."""
+    return (b * x.strides[0] + h * x.strides[1]) // x.itemsize
+
+
+@vector_function
+def _row(x):
+    """From row to row."""
+    return x.strides[2] // x.itemsize
+
+
+@kernel(exact=True, reads="q k v", writes="out lse")
+def forward(q, k, v, bias, lengths, causal, scale, out, lse):
+    batch, heads, tq, d = q.shape
+    tk, dv, dtype = k.shape[2], v.shape[3], q.dtype
+    q_row, k_row, v_row, o_row = _row(q), _row(k), _row(v), _row(out)
+    fq, fk, fv, fo = flat(q), flat(k), flat(v), flat(out)
+    panels_k = np.empty(d * whole_tiles(tk, q), dtype)  # of the transpose: a row for each feature
+    panels_v = np.empty(tk * whole_tiles(dv, q), dtype)
+    s, rows_q = np.empty(QUERIES * ROOM, dtype), np.empty(QUERIES * d, dtype)
+    top, total, factor, base = np.empty((4, QUERIES), dtype)
+    for item in range(batch * heads):
+        b, h = item // heads, item % heads
+        qi, oi = _at(q, b, h), _at(out, b, h)
+        keys = lengths[b] if lengths.size else tk
+        pack_at(fk, _at(k, b, h), 1, k_row, d, keys, panels_k, 0)
+        pack_at(fv, _at(v, b, h), v_row, 1, keys, dv, panels_v, 0)
+        for i0 in range(0, tq, QUERIES):
+            m = min(QUERIES, tq - i0)
+            here = oi + i0 * o_row
+            _scaled_rows(fq, qi + i0 * q_row, q_row, m, d, dtype.type(scale), rows_q)
+            top[:], total[:] = -np.inf, 0
+            last = min(keys, i0 + m) if causal else keys
+            if last == 0:
+                out[b, h, i0:i0 + m] = 0
+            for j0 in range(0, last, KEYS):
+                n = min(KEYS, last - j0)
+                scores(rows_q, 0, d, panels_k, d, s, i0, m, j0, n, causal)
+                if bias.size:
+                    add_bias(s, m, n, bias, b * tk + j0)
+                exponentials(s, fo, here, o_row, dv, i0, m, j0, n, causal, top, total, factor, base)
+                by_query(s, panels_v, keys, fo, here, o_row, i0, m, j0, n, dv, causal, j0 > 0)
+            for r in range(m):
+                row_scale(fo, here + r * o_row, dv, dtype.type(0 if total[r] == 0 else 1 / total[r]))
+            for r in range(0, m, lanes(q)):
+                store(total, r, log(load(total, r)) + load(top, r))
+            lse[b, h, i0:i0 + m] = total[:m]
+
+
+@kernel(exact=True, reads="g q k v out lse", writes="dq dk dv")
+def backward(g, q, k, v, bias, lengths, causal, scale, out, lse, dq, dk, dv):
+    batch, heads, tq, d = q.shape
+    tk, wide, dtype = k.shape[2], v.shape[3], q.dtype
+    q_row, k_row, v_row, o_row, g_row = _row(q), _row(k), _row(v), _row(out), _row(g)
+    dq_row, dk_row, dv_row = _row(dq), _row(dk), _row(dv)
+    fg, fq, fk, fv, fo, fdq, fdk, fdv = flat(g), flat(q), flat(k), flat(v), flat(out), flat(dq), flat(dk), flat(dv)
+    panels_k, panels_v = np.empty(d * whole_tiles(tk, q), dtype), np.empty(wide * whole_tiles(tk, q), dtype)
+    rows_k = np.empty(tk * whole_tiles(d, q), dtype)
+    s, ds, rows_q = np.empty(QUERIES * ROOM, dtype), np.empty(QUERIES * ROOM, dtype), np.empty(QUERIES * d, dtype)
+    delta, top = np.empty((2, QUERIES), dtype)
+    for item in range(batch * heads):
+        b, h = item // heads, item % heads
+        qi, ki, oi, gi = _at(q, b, h), _at(k, b, h), _at(out, b, h), _at(g, b, h)
+        dqi, dki, dvi = _at(dq, b, h), _at(dk, b, h), _at(dv, b, h)
+        keys = lengths[b] if lengths.size else tk
+        pack_at(fk, ki, 1, k_row, d, keys, panels_k, 0)
+        pack_at(fv, _at(v, b, h), 1, v_row, wide, keys, panels_v, 0)
+        pack_at(fk, ki, k_row, 1, keys, d, rows_k, 0)
+        _clear_rows(fdk, dki, dk_row, tk, d)
+        _clear_rows(fdv, dvi, dv_row, tk, wide)
+        for i0 in range(0, tq, QUERIES):
+            m = min(QUERIES, tq - i0)
+            g_here, here = gi + i0 * g_row, dqi + i0 * dq_row
+            _scaled_rows(fq, qi + i0 * q_row, q_row, m, d, dtype.type(scale), rows_q)
+            for r in range(m):
+                delta[r] = _dot(fg, g_here + r * g_row, fo, oi + (i0 + r) * o_row, wide)
+                row = lse[b, h, i0 + r]
+                top[r] = dtype.type(0) if row == -np.inf else row
+            last = min(keys, i0 + m) if causal else keys
+            if last == 0:
+                dq[b, h, i0:i0 + m] = 0
+            for j0 in range(0, last, KEYS):
+                n = min(KEYS, last - j0)
+                scores(rows_q, 0, d, panels_k, d, s, i0, m, j0, n, causal)
+                scores(fg, g_here, g_row, panels_v, wide, ds, i0, m, j0, n, causal)
+                if bias.size:
+                    add_bias(s, m, n, bias, b * tk + j0)
+                slopes(s, ds, i0, m, j0, n, causal, top, delta)
+                by_key(s, fg, g_here, g_row, fdv, dvi + j0 * dv_row, dv_row, i0, m, j0, n, wide, causal)
+                by_key(ds, rows_q, 0, d, fdk, dki + j0 * dk_row, dk_row, i0, m, j0, n, d, causal)
+                by_query(ds, rows_k, keys, fdq, here, dq_row, i0, m, j0, n, d, causal, j0 > 0)
+            for r in range(m):
+                row_scale(fdq, here + r * dq_row, d, dtype.type(scale))
