@@ -25,7 +25,7 @@ ALLOWED = {
     "save.py": (set(), {"numpy", "safetensors"}),
     "schedule": ({"schedule"}, {"matplotlib", "numpy"}),
     "__main__.py": ({"kernels", "schedule"}, set()),
-    "parallel": ({"cores", "data", "kernels", "nn", "parallel", "schedule", "tensor"},
+    "parallel": ({"__version__", "cores", "data", "kernels", "nn", "parallel", "schedule", "tensor"},
                  {"llvmlite", "mpi4py", "numba", "numpy", "tqdm"}),
 }
 FILES = sorted(PACKAGE.rglob("*.py"))

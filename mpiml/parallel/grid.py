@@ -2,22 +2,14 @@
 
 import hashlib
 import json
-import os
 
 import numpy as np
 from mpi4py import MPI
 
+from . import start
+from .error import RankError
+
 _LONG = 500  # characters of a value that an error shows
-_WORLD_SIZE = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
-_SLURM_SIZE = ("SLURM_STEP_NUM_TASKS",)  # also in what an mpirun inside of a step starts, so it counts if it stands alone
-
-
-class RankError(RuntimeError):
-    """An error that all ranks found together; ``ranks`` are those that caused it."""
-
-    def __init__(self, message, ranks):
-        super().__init__(message)
-        self.ranks = ranks
 
 
 class Grid:
@@ -48,17 +40,17 @@ class Grid:
     ------
     ValueError
         The grid does not fit the number of processes; the message lists those that do.
+    RankError
+        The ranks run different programs, packages or arguments; see :mod:`mpiml.parallel.start`.
     RuntimeError
         The launcher belongs to another MPI than the one that was loaded: every process would train alone.
     """
 
     def __init__(self, data=None, pipe=1, comm=None):
-        if comm is None:
-            comm = MPI.COMM_WORLD
-            _check_launcher(comm.size)
-        self.data, self.pipe = _factors(data, pipe, comm.size)
-        self.comm = comm.Dup()
-        self.rank, self.size = comm.rank, comm.size
+        self.comm = (MPI.COMM_WORLD if comm is None else comm).Dup()
+        start.check(self.comm, data=data, pipe=pipe)
+        self.data, self.pipe = _factors(data, pipe, self.comm.size)
+        self.rank, self.size = self.comm.rank, self.comm.size
         self.stage, self.replica = divmod(self.rank, self.data)
         self.node = self.comm.Split_type(MPI.COMM_TYPE_SHARED)
         self.stages = self.comm.Split(self.replica)  # the stages of this replica, in their order
@@ -71,12 +63,7 @@ class Grid:
 
     def texts(self, text):
         """Every rank's ``text``, on every rank; for start-up and errors, not for the training loop."""
-        mine = np.frombuffer(text.encode(), np.uint8)
-        lengths = np.empty(self.size, np.int64)
-        self.comm.Allgather(np.array([mine.size], np.int64), lengths)
-        everything = np.empty(lengths.sum(), np.uint8)
-        self.comm.Allgatherv(mine, [everything, lengths])
-        return [part.tobytes().decode() for part in np.split(everything, np.cumsum(lengths)[:-1])]
+        return start.texts(self.comm, text)
 
     def same(self, what, value):
         """Make sure that ``repr(value)`` is the same on all ranks.
@@ -156,16 +143,3 @@ def _factors(data, pipe, size):
 
 def _list(ranks):
     return ", ".join(map(str, ranks[:8])) + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")
-
-
-def _check_launcher(size):
-    for names in _WORLD_SIZE, _SLURM_SIZE:
-        started = {name: int(os.environ[name]) for name in names if os.environ.get(name, "").isdigit()}
-        if size in started.values():
-            return  # another launcher around this one left the other number
-        if started:
-            name, number = next(iter(started.items()))
-            library = MPI.Get_library_version().strip("\0\n ").splitlines()[0]
-            raise RuntimeError(f"the launcher started {number} processes ({name}), but the MPI library that mpi4py loaded "
-                               f"({library}) sees {size}: use the mpirun that belongs to this library, or the mpi4py that "
-                               f"belongs to this mpirun")
