@@ -93,7 +93,7 @@ def _foreign(started, size):
 
 def library():
     """Name and version of the MPI library."""
-    return MPI.Get_library_version().strip("\0\n ").splitlines()[0].split(", package")[0].replace("Version:      ", "")
+    return " ".join(MPI.Get_library_version().strip("\0\n ").splitlines()[0].split(",")[0].replace("Version:", "").split())
 
 
 def texts(comm, text):

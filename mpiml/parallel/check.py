@@ -1,0 +1,216 @@
+"""The part of ``python -m mpiml check`` that takes all ranks: what each says, compared, and whether they can work together."""
+
+import json
+import os
+import threading
+from contextlib import contextmanager
+from time import perf_counter, sleep
+
+import numpy as np
+from mpi4py import MPI
+
+from mpiml import cores
+from mpiml.check import Finding, core_list, ok, problem, show, warning
+
+from . import start
+from .error import RankError
+from .grid import Grid
+from .sum import PlainSum, summation
+
+PATIENCE = 60.0  # seconds for each step that waits for other ranks
+_LEVELS = {MPI.THREAD_SINGLE: "single", MPI.THREAD_FUNNELED: "funneled", MPI.THREAD_SERIALIZED: "serialized",
+           MPI.THREAD_MULTIPLE: "multiple"}
+_SLOW = 0.5  # seconds for a sum of 4 MB, which even a slow network does in a tenth of a second
+_LINES = 6  # of differing ranks for one topic
+
+
+def job(mine, speaks):
+    """Examine the job that this process is a rank of, print what was found, and end MPI.
+
+    Parameters
+    ----------
+    mine : list of Finding
+        What this rank found out before it started MPI. Those of rank 0 were printed.
+    speaks : bool
+        Whether this process may print, if it is alone in its world.
+
+    Returns
+    -------
+    findings : list of Finding
+        On rank 0 those that were added here; on other ranks nothing.
+    """
+    comm = MPI.COMM_WORLD.Dup()
+    found = []
+
+    def report(findings):
+        if comm.rank == 0:
+            found.extend(findings)
+            if speaks or comm.size > 1:
+                show(findings)
+
+    report(world(comm.size))
+    with time_limit("the reports of the ranks"):
+        everyone = [json.loads(text) for text in start.texts(comm, json.dumps([mine, _place()]))]
+    places = [place for _, place in everyone]
+    nodes = [place["node"] for place in places]
+    report(nodes_and_ranks(nodes) if comm.size > 1 else [])
+    report(differences([[Finding(*fields) for fields in findings] for findings, _ in everyone], nodes))
+    report(shared_cores(places) if comm.size > 1 else [])
+    with time_limit("the first Grid"):
+        grid, findings = agreement()
+    report(findings)
+    if grid is not None and comm.size > 1:
+        with time_limit("the sum over all ranks"):
+            findings = sums(grid)
+        report(findings)
+    MPI.Finalize()
+    return found
+
+
+@contextmanager
+def time_limit(what):
+    """End the job if the block takes too long: a rank that MPI keeps waiting cannot raise an exception itself."""
+    def end():
+        if MPI.COMM_WORLD.rank == 0:
+            show(problem("MPI", f"{what} did not come within {PATIENCE:g} s: the ranks cannot reach each other",
+                         "a firewall between the nodes, or a network interface that they do not share: see your site's "
+                         "pages on MPI; mpirun -iface NAME (MPICH), mpirun --mca btl_tcp_if_include NAME (Open MPI)"))
+            sleep(0.5)  # the launcher passes on what was printed, if it is let
+        MPI.COMM_WORLD.Abort(1)
+
+    timer = threading.Timer(PATIENCE + MPI.COMM_WORLD.rank / MPI.COMM_WORLD.size, end)  # rank 0 has the first word
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _place():
+    """Where this rank runs."""
+    bound = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+    return {"node": MPI.Get_processor_name(), "cores": bound, "of": cores.cores_of_node(), "threads": cores.threads()}
+
+
+def world(size):
+    """The MPI library as it runs, and whether its world is that of the launcher."""
+    level = _LEVELS[MPI.Query_thread()]
+    wrong = start.wrong_launcher(size)
+    if wrong:
+        text, fix = wrong.rsplit(": use ", 1)
+        return problem("MPI", text, f"use {fix}")
+    text = f"{start.library()} has started, thread level {level}"
+    return ok("MPI", text if size > 1 else f"{text}; one rank (mpirun -n 4 python -m mpiml check examines a job)")
+
+
+def nodes_and_ranks(nodes):
+    """How many ranks there are on each node."""
+    counts = {node: nodes.count(node) for node in nodes}
+    if len(counts) == 1:
+        return ok("ranks", f"{len(nodes)}, all on {nodes[0]}")
+    if len(set(counts.values())) == 1:
+        return ok("ranks", f"{len(nodes)}, {nodes.count(nodes[0])} on each of {len(counts)} nodes: {_few(list(counts))}")
+    uneven = _few([f"{count} on {node}" for node, count in counts.items()])
+    return warning("ranks", f"{len(nodes)}: {uneven}; gradients are summed by MPI alone, not in shared memory",
+                   "start as many ranks on every node")
+
+
+def _few(texts):
+    return ", ".join(texts[:_LINES]) + (f" and {len(texts) - _LINES} more" if len(texts) > _LINES else "")
+
+
+def differences(findings, nodes):
+    """What other ranks found that rank 0, whose findings were printed, did not."""
+    known, others = set(findings[0]), {}
+    for rank, theirs in enumerate(findings):
+        for finding in theirs:
+            if finding not in known:
+                others.setdefault(finding, []).append(rank)
+    return [finding._replace(text=f"on {start.ranks_text(ranks, nodes)}: {finding.text}")
+            for finding, ranks in sorted(others.items(), key=lambda item: item[1])][:4 * _LINES]
+
+
+def shared_cores(places):
+    """Whether every rank has a core to itself."""
+    findings = []
+    nodes = [place["node"] for place in places]
+    for node in dict.fromkeys(nodes):
+        ranks = [rank for rank, place in enumerate(places) if place["node"] == node]
+        sets = {rank: frozenset(places[rank]["cores"]) for rank in ranks}
+        total = max(places[rank]["of"] for rank in ranks)
+        crowded = [(bound, inside) for bound in sorted(set(sets.values()), key=len)
+                   if len(inside := [rank for rank in ranks if sets[rank] <= bound]) > len(bound)]
+        if len(ranks) > total:
+            findings += warning("cores", f"{len(ranks)} ranks share {total} cores of {node}: good for a test, slow for "
+                                         f"training", f"mpirun -n {total}")
+        elif crowded:
+            bound, inside = crowded[0]
+            findings += problem("cores", f"{start.ranks_text(inside, nodes)} are bound to {core_list(bound)} of {node}, which "
+                                         f"has {total}: they take turns", "srun --cpu-bind=cores; mpirun -bind-to core "
+                                         "(MPICH); mpirun --bind-to core (Open MPI); or none instead of core")
+        elif sum(places[rank]["threads"] for rank in ranks) > total:
+            findings += warning("cores", f"{len(ranks)} ranks with {places[ranks[0]]['threads']} threads each share {total} "
+                                         f"cores of {node}", f"export OMP_NUM_THREADS={total // len(ranks)}, or unset it")
+    alike = {len(place["cores"]) for place in places}
+    if findings:
+        return findings
+    if all(len(place["cores"]) == place["of"] for place in places):
+        return ok("cores", f"not bound: each rank may run on all {_range(alike)} of its node")
+    return ok("cores", f"bound: each rank has {_range(alike)} of its own")
+
+
+def _range(counts):
+    low, high = min(counts), max(counts)
+    return f"{low} core{'s' * (low > 1)}" if low == high else f"{low} to {high} cores"
+
+
+def agreement():
+    """A Grid of all ranks and the finding that they fit; None and why not."""
+    try:
+        grid = Grid()
+    except RankError as error:
+        *table, fix = str(error).splitlines()
+        return None, problem("ranks", "\n".join(table), fix)
+    except RuntimeError:  # the launcher, told by world()
+        return None, []
+    if grid.size == 1:
+        return grid, []
+    return grid, ok("ranks", "all run the same program with the same packages")
+
+
+def sums(grid):
+    """Whether gradients are summed right, and how fast."""
+    times = {}
+    for size in 2, 1_000_000:
+        for name, total in ("mpi", PlainSum(grid.comm, size, np.float32)), ("mpiml", summation(grid, size, np.float32)):
+            times[name, size], right = _sum(total, grid, rounds=20 if size == 2 else 4)
+            if not grid.all(right):
+                return problem("sum", f"a sum of {size} numbers over {grid.size} ranks by {name} is wrong",
+                               "update MPI, or use another: this one cannot be trusted")
+    how = "by MPI" if isinstance(summation(grid, 2, np.float32), PlainSum) else "in shared memory"
+    text = (f"right; {_time(times['mpiml', 2])} for 8 bytes, {_time(times['mpiml', 1_000_000])} for 4 MB ({how}; MPI alone "
+            f"{_time(times['mpi', 2])} and {_time(times['mpi', 1_000_000])})")
+    if times["mpiml", 1_000_000] > _SLOW:
+        return warning("sum", text, "slow: more ranks than cores, busy nodes, or an MPI that does not know the fast network "
+                                    "(your site has a module for one that does)")
+    return ok("sum", text)
+
+
+def _sum(total, grid, rounds):
+    """(median seconds for a sum, whether it was right)."""
+    size, seconds = len(total.vector), []
+    pattern = np.arange(size) % 7
+    right = True
+    for _ in range(rounds + 1):  # the first is for warming up
+        total.vector[:] = pattern + grid.rank
+        grid.comm.Barrier()
+        begin = perf_counter()
+        total()
+        seconds.append(perf_counter() - begin)
+        right &= bool((total.vector == pattern * grid.size + grid.size * (grid.size - 1) // 2).all())
+    return float(np.median(seconds[1:])), right
+
+
+def _time(seconds):
+    return f"{seconds * 1e6:.3g} us" if seconds < 1e-3 else f"{seconds * 1e3:.3g} ms"
