@@ -49,7 +49,8 @@ def check(args):
 
 def _job(found, speaks):
     try:
-        from mpiml.parallel.check import job
+        with findings.limited_start(speaks):
+            from mpiml.parallel.check import job
     except ImportError as error:
         added = findings.problem("MPI", *str(error).split(": ", 1))
         findings.show(added if speaks else [])

@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,6 +27,7 @@ from mpiml.data.mnist import FILES, cache_folder
 from mpiml.kernels import jit, registers
 
 WIDTH = 100
+PATIENCE = 60.0  # seconds for each step that waits for other ranks
 PIP = "python -m pip install"
 LEAST = {"numpy": "2.0", "numba": "0.60", "mpi4py": "4.0"}  # versions
 EXTRAS = {  # what can be installed besides: (its pip line, what it is for)
@@ -81,13 +83,20 @@ def title():
 
 
 def show(findings):
-    """Print findings, wrapped for a terminal."""
+    """Print findings."""
+    if findings:
+        print(written(findings), flush=True)
+
+
+def written(findings):
+    """Findings as text, wrapped for a terminal."""
+    lines = []
     for mark, topic, text, fix in findings:
         head = f"{mark:<8} {topic:<9} "
-        print(_wrap(text, head))
+        lines.append(_wrap(text, head))
         if fix:
-            print(_wrap(fix, " " * len(head) + "-> ", " " * (len(head) + 3)))
-    sys.stdout.flush()
+            lines.append(_wrap(fix, " " * len(head) + "-> ", " " * (len(head) + 3)))
+    return "\n".join(lines)
 
 
 def _wrap(text, first, rest=None):
@@ -163,9 +172,9 @@ def threads():
         blas = np.show_config(mode="dicts")["Build Dependencies"]["blas"]["name"]
         return ok("threads", f"{text}; NumPy's BLAS is {blas} (with threadpoolctl its threads would be seen)")
     pools = [pool for pool in threadpool_info() if pool["user_api"] == "blas"]
-    blas = ", ".join(sorted({f"{pool['internal_api']} {pool['version']} for {pool.get('architecture', 'any CPU')} has "
-                             f"{pool['num_threads']}" for pool in pools}))
-    text = f"{text}; NumPy's BLAS, {blas}" if blas else text
+    blas = sorted({f"{pool['internal_api']} {pool['version']} ({pool.get('architecture', 'any CPU')}), "
+                   f"{pool['num_threads']} thread{'s' * (pool['num_threads'] > 1)}" for pool in pools})
+    text = f"{text}; NumPy's BLAS: {', '.join(blas)}" if blas else text
     most = max((pool["num_threads"] for pool in pools), default=1)
     if cores.ranks_on_node() * most > max(cores.cores_of_node(), cores.ranks_on_node()):
         return warning("threads", f"{text}: {cores.ranks_on_node()} ranks on this node start {cores.ranks_on_node() * most} "
@@ -232,6 +241,44 @@ def launcher(family):
         return problem("launcher", f"{path} belongs to {other}, but mpi4py loads {family}: every process would be alone, or "
                                    f"die", fix)
     return ok("launcher", f"{path}" + f", of {other}" * bool(other))
+
+
+def too_late(what, seconds):
+    """That other ranks let this one wait."""
+    return problem("MPI", f"{what} did not come within {seconds:g} s: a rank failed earlier (see above), or the ranks cannot "
+                          f"reach each other", "does python -m mpiml check run on each node alone? Then: a firewall between "
+                   "the nodes, or a network interface that they do not share (see your site's pages on MPI; mpirun -iface "
+                   "NAME for MPICH, mpirun --mca btl_tcp_if_include NAME for Open MPI)")
+
+
+_WATCHER = """
+import os, sys, time
+parent, seconds, text = sys.argv[1:]
+end = time.monotonic() + float(seconds)
+while time.monotonic() < end:
+    time.sleep(0.1)
+    if os.getppid() != int(parent):
+        sys.exit()
+print(text, flush=True)
+time.sleep(0.5)
+os.kill(int(parent), 9)
+"""
+
+
+@contextmanager
+def limited_start(speaks):
+    """End a job that does not start: MPI waits for all ranks in this block, and lets no thread of this process run."""
+    if not any(name in os.environ for name in _RANK):
+        yield
+        return
+    seconds = PATIENCE + 2 * (not speaks)  # whose report it is has the first word
+    said = written(too_late("the start of MPI on all ranks", PATIENCE))
+    watcher = subprocess.Popen([sys.executable, "-I", "-S", "-c", _WATCHER, str(os.getpid()), str(seconds), said])  # noqa: S603
+    try:
+        yield
+    finally:
+        watcher.kill()
+        watcher.wait()
 
 
 def _family(version):

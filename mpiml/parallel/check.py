@@ -9,15 +9,14 @@ from time import perf_counter, sleep
 import numpy as np
 from mpi4py import MPI
 
-from mpiml import cores
-from mpiml.check import Finding, core_list, ok, problem, show, warning
+from mpiml import check, cores
+from mpiml.check import Finding, core_list, ok, problem, show, too_late, warning
 
 from . import start
 from .error import RankError
 from .grid import Grid
 from .sum import PlainSum, summation
 
-PATIENCE = 60.0  # seconds for each step that waits for other ranks
 _LEVELS = {MPI.THREAD_SINGLE: "single", MPI.THREAD_FUNNELED: "funneled", MPI.THREAD_SERIALIZED: "serialized",
            MPI.THREAD_MULTIPLE: "multiple"}
 _SLOW = 0.5  # seconds for a sum of 4 MB, which even a slow network does in a tenth of a second
@@ -39,7 +38,8 @@ def job(mine, speaks):
     findings : list of Finding
         On rank 0 those that were added here; on other ranks nothing.
     """
-    comm = MPI.COMM_WORLD.Dup()
+    with time_limit("an answer of all ranks"):
+        comm = MPI.COMM_WORLD.Dup()
     found = []
 
     def report(findings):
@@ -72,13 +72,11 @@ def time_limit(what):
     """End the job if the block takes too long: a rank that MPI keeps waiting cannot raise an exception itself."""
     def end():
         if MPI.COMM_WORLD.rank == 0:
-            show(problem("MPI", f"{what} did not come within {PATIENCE:g} s: the ranks cannot reach each other",
-                         "a firewall between the nodes, or a network interface that they do not share: see your site's "
-                         "pages on MPI; mpirun -iface NAME (MPICH), mpirun --mca btl_tcp_if_include NAME (Open MPI)"))
+            show(too_late(what, check.PATIENCE))
             sleep(0.5)  # the launcher passes on what was printed, if it is let
         MPI.COMM_WORLD.Abort(1)
 
-    timer = threading.Timer(PATIENCE + MPI.COMM_WORLD.rank / MPI.COMM_WORLD.size, end)  # rank 0 has the first word
+    timer = threading.Timer(check.PATIENCE + MPI.COMM_WORLD.rank / MPI.COMM_WORLD.size, end)  # rank 0 has the first word
     timer.daemon = True
     timer.start()
     try:
