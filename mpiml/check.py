@@ -326,18 +326,6 @@ def _quota():
     return None
 
 
-def core_list(numbers):
-    """Numbers of cores, as ``cores 0-3, 8``."""
-    runs = []
-    for number in sorted(numbers):
-        if runs and number == runs[-1][1] + 1:
-            runs[-1][1] = number
-        else:
-            runs.append([number, number])
-    text = ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
-    return f"core{'s' * (len(numbers) > 1)} {text}"
-
-
 def kernels():
     """Where compiled kernels are kept, and whether they are there."""
     state = jit.cache_state()

@@ -10,7 +10,7 @@ import numpy as np
 from mpi4py import MPI
 
 from mpiml import check, cores
-from mpiml.check import Finding, core_list, ok, problem, show, too_late, warning
+from mpiml.check import Finding, ok, problem, show, too_late, warning
 
 from . import start
 from .error import RankError
@@ -144,8 +144,8 @@ def shared_cores(places):
                                          f"training", f"mpirun -n {total}")
         elif crowded:
             bound, inside = crowded[0]
-            findings += problem("cores", f"{start.ranks_text(inside, nodes)} are bound to {core_list(bound)} of {node}, which "
-                                         f"has {total}: they take turns", "srun --cpu-bind=cores; mpirun -bind-to core "
+            findings += problem("cores", f"{start.ranks_text(inside, nodes)} are bound to core{'s' * (len(bound) > 1)} "
+                                         f"{start.spans(sorted(bound))} of {node}, which has {total}: they take turns", "srun --cpu-bind=cores; mpirun -bind-to core "
                                          "(MPICH); mpirun --bind-to core (Open MPI); or none instead of core")
         elif sum(places[rank]["threads"] for rank in ranks) > total:
             findings += warning("cores", f"{len(ranks)} ranks with {places[ranks[0]]['threads']} threads each share {total} "

@@ -29,6 +29,7 @@ from mpiml import __version__
 from .error import RankError
 
 _SHOWN = 60  # characters of a value in the table of what differs
+_SPANS = 6  # of ranks in a line
 _WORLD_SIZE = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 _SLURM_SIZE = ("SLURM_STEP_NUM_TASKS",)  # also in what an mpirun inside of a step starts, so it counts if it stands alone
 
@@ -180,14 +181,19 @@ def _shortened(values):
 
 def ranks_text(ranks, nodes):
     """Ranks as people write them, ``ranks 0-2, 5``, and their node if they share one of several."""
-    runs = []
-    for rank in ranks:
-        if runs and rank == runs[-1][1] + 1:
-            runs[-1][1] = rank
-        else:
-            runs.append([rank, rank])
-    text = ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs[:6])
-    more = f" and {sum(last - first + 1 for first, last in runs[6:])} more" if len(runs) > 6 else ""
     here = {nodes[rank] for rank in ranks}
     where = f" on {here.pop()}" if len(here) == 1 < len(set(nodes)) else ""
-    return f"rank{'s' * (len(ranks) > 1)} {text}{more}{where}"
+    return f"rank{'s' * (len(ranks) > 1)} {spans(ranks)}{where}"
+
+
+def spans(numbers):
+    """Whole numbers in ascending order as ``0-2, 5``."""
+    runs = []
+    for number in numbers:
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    more = sum(last - first + 1 for first, last in runs[_SPANS:])
+    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs[:_SPANS]) + (
+        f" and {more} more" if more else "")
