@@ -256,6 +256,7 @@ def place(cores_, of=4, threads=1, node="a"):
     ([place([0]), place([1]), place([0])], "problem", "ranks 0, 2 are bound to core 0 of a, which has 4"),
     ([place([0])] * 2 + [place([0], node="b")], "problem", "ranks 0-1 on a are bound to core 0"),
     ([place([0, 1, 2, 3])] * 5, "warning", "5 ranks share 4 cores"),
+    ([place([0], of=1)] * 2 + [place([0], of=1, node="b")] * 2, "warning", "share 1 core of a: good for a test"),
     ([place([0, 1, 2, 3], threads=4)] * 2, "warning", "2 ranks with 4 threads each share 4 cores")])
 def test_cores_that_ranks_share(places, mark, text):
     from mpiml.parallel.check import shared_cores
@@ -268,6 +269,15 @@ def test_nodes():
     assert only(nodes_and_ranks(list("aabb")))[:2] == ("ok", "4, 2 on each of 2 nodes: a, b")
     mark, text, fix = only(nodes_and_ranks(list("aab")))
     assert mark == "warning" and "2 on a, 1 on b" in text and "as many ranks on every node" in fix
+
+
+def test_what_other_ranks_found():
+    from mpiml.parallel.check import differences
+    mine = check.ok("CPU", "fast") + check.ok("shared", "1 GB free")
+    theirs = check.ok("CPU", "old") + check.ok("shared", "none")
+    cold = check.warning("kernels", "cold", "warm up")
+    told = differences([mine, theirs, mine + cold, theirs], ["a", "b", "a", "b"])
+    assert [finding.text for finding in told] == ["on ranks 1, 3 on b: old", "on rank 2 on a: cold"]
 
 
 # --- Agreement at the start ------------------------------------------------------------------------------------------------

@@ -20,7 +20,8 @@ from .sum import PlainSum, summation
 _LEVELS = {MPI.THREAD_SINGLE: "single", MPI.THREAD_FUNNELED: "funneled", MPI.THREAD_SERIALIZED: "serialized",
            MPI.THREAD_MULTIPLE: "multiple"}
 _SLOW = 0.5  # seconds for a sum of 4 MB, which even a slow network does in a tenth of a second
-_LINES = 6  # of differing ranks for one topic
+_LINES = 6  # nodes in a line
+_ALIKE = ("Python", "CPU", "MPI")  # topics in which nodes seldom differ
 
 
 def job(mine, speaks):
@@ -119,48 +120,47 @@ def _few(texts):
 
 
 def differences(findings, nodes):
-    """What other ranks found that rank 0, whose findings were printed, did not."""
+    """What other ranks found wrong that rank 0, whose findings were printed, did not; and what hardly should differ."""
     known, others = set(findings[0]), {}
     for rank, theirs in enumerate(findings):
         for finding in theirs:
-            if finding not in known:
+            if finding not in known and (finding.mark != "ok" or finding.topic in _ALIKE):
                 others.setdefault(finding, []).append(rank)
-    return [finding._replace(text=f"on {start.ranks_text(ranks, nodes)}: {finding.text}")
-            for finding, ranks in sorted(others.items(), key=lambda item: item[1])][:4 * _LINES]
+    return [finding._replace(text=f"on {start.ranks_text(ranks, nodes)}: {finding.text}") for finding, ranks in others.items()]
 
 
 def shared_cores(places):
     """Whether every rank has a core to itself."""
-    findings = []
-    nodes = [place["node"] for place in places]
-    for node in dict.fromkeys(nodes):
-        ranks = [rank for rank, place in enumerate(places) if place["node"] == node]
-        sets = {rank: frozenset(places[rank]["cores"]) for rank in ranks}
-        total = max(places[rank]["of"] for rank in ranks)
-        crowded = [(bound, inside) for bound in sorted(set(sets.values()), key=len)
-                   if len(inside := [rank for rank in ranks if sets[rank] <= bound]) > len(bound)]
-        if len(ranks) > total:
-            findings += warning("cores", f"{len(ranks)} ranks share {total} cores of {node}: good for a test, slow for "
-                                         f"training", f"mpirun -n {total}")
-        elif crowded:
-            bound, inside = crowded[0]
-            findings += problem("cores", f"{start.ranks_text(inside, nodes)} are bound to core{'s' * (len(bound) > 1)} "
-                                         f"{start.spans(sorted(bound))} of {node}, which has {total}: they take turns", "srun --cpu-bind=cores; mpirun -bind-to core "
-                                         "(MPICH); mpirun --bind-to core (Open MPI); or none instead of core")
-        elif sum(places[rank]["threads"] for rank in ranks) > total:
-            findings += warning("cores", f"{len(ranks)} ranks with {places[ranks[0]]['threads']} threads each share {total} "
-                                         f"cores of {node}", f"export OMP_NUM_THREADS={total // len(ranks)}, or unset it")
-    alike = {len(place["cores"]) for place in places}
-    if findings:
-        return findings
+    found = [finding for node in dict.fromkeys(place["node"] for place in places) for finding in _crowd(node, places)]
+    if found:
+        more = f" (and on {len(found) - 1} more nodes it is alike)" if len(found) > 1 else ""
+        return [found[0]._replace(text=found[0].text + more)]
+    counts = sorted({len(place["cores"]) for place in places})
+    text = " to ".join(map(str, counts[:1] + counts[1:][-1:])) + f" core{'s' * (counts[-1] > 1)}"
     if all(len(place["cores"]) == place["of"] for place in places):
-        return ok("cores", f"not bound: each rank may run on all {_range(alike)} of its node")
-    return ok("cores", f"bound: each rank has {_range(alike)} of its own")
+        return ok("cores", f"not bound: each rank may run on all {text} of its node")
+    return ok("cores", f"bound: each rank has {text} of its own")
 
 
-def _range(counts):
-    low, high = min(counts), max(counts)
-    return f"{low} core{'s' * (low > 1)}" if low == high else f"{low} to {high} cores"
+def _crowd(node, places):
+    """What is wrong with the cores of the ranks on one node."""
+    ranks = [rank for rank, place in enumerate(places) if place["node"] == node]
+    bounds = sorted({tuple(places[rank]["cores"]) for rank in ranks}, key=len)
+    total, threads = max(places[rank]["of"] for rank in ranks), sum(places[rank]["threads"] for rank in ranks)
+    if len(ranks) > total:
+        return warning("cores", f"{len(ranks)} ranks share {total} core{'s' * (total > 1)} of {node}: good for a test, slow "
+                                f"for training", f"mpirun -n {total}")
+    for bound in bounds:
+        inside = [rank for rank in ranks if set(places[rank]["cores"]) <= set(bound)]
+        if len(inside) > len(bound):
+            return problem("cores", f"{start.ranks_text(inside, [place['node'] for place in places])} are bound to "
+                                    f"core{'s' * (len(bound) > 1)} {start.spans(bound)} of {node}, which has {total}: they "
+                                    "take turns", "srun --cpu-bind=cores; mpirun -bind-to core (MPICH); mpirun --bind-to core "
+                                    "(Open MPI); or none instead of core")
+    if threads > total:
+        return warning("cores", f"{len(ranks)} ranks with {places[ranks[0]]['threads']} threads each share {total} cores of "
+                                f"{node}", f"export OMP_NUM_THREADS={total // len(ranks)}, or unset it")
+    return []
 
 
 def agreement():
