@@ -182,10 +182,12 @@ def test_the_world_of_another_launcher(variables, size, told, env):
 
 def test_a_machine_with_problems(tmp_path):
     (tmp_path / "file").touch()
-    run = doctor(NUMBA_CACHE_DIR=str(tmp_path / "file" / "cache"), MPIML_DATA=str(tmp_path), OPENBLAS_CORETYPE="Haswell")
+    run = doctor(NUMBA_CACHE_DIR=str(tmp_path / "file" / "cache"), MPIML_DATA=str(tmp_path), OPENBLAS_CORETYPE="Haswell",
+                 SLURM_NTASKS="4")
     assert run.returncode == 1, run.stdout + run.stderr
     text = flat(run.stdout)
     assert "cache cannot be written to -> export NUMBA_CACHE_DIR=FOLDER" in text
+    assert "Slurm gave this job 4 tasks, but this process runs alone -> start it with srun" in text
     assert "without MNIST" in text and "OPENBLAS_CORETYPE=Haswell: NumPy's" in text
     assert re.search(r"[23] problems, \d+ warnings?: see the lines with an arrow$", run.stdout.strip())
     assert all(len(line) <= check.WIDTH or str(tmp_path) in line for line in run.stdout.splitlines())
@@ -326,7 +328,7 @@ def test_ranks_with_other_sources(tmp_path):
     run = start(tmp_path, (program.format(str(ROOT)),), (program.format(str(tmp_path)),), MPIML_MAY_DIFFER="script")
     assert run.code != 0
     assert re.search(r"differ in\n  mpiml +0\S+, sources \w+ +ranks 0-1\n +0\S+, sources \w+ +rank 2\n"
-                     r"give all nodes the same installation", run.err), run.err
+                     r"give all ranks the same installation", run.err), run.err
 
 
 def test_ranks_that_ask_for_other_grids(tmp_path):

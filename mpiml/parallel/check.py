@@ -3,6 +3,7 @@
 import json
 import os
 import threading
+import warnings
 from contextlib import contextmanager
 from time import perf_counter, sleep
 
@@ -165,16 +166,17 @@ def _crowd(node, places):
 
 def agreement():
     """A Grid of all ranks and the finding that they fit; None and why not."""
-    try:
-        grid = Grid()
-    except RankError as error:
-        *table, fix = str(error).splitlines()
-        return None, problem("ranks", "\n".join(table), fix)
-    except RuntimeError:  # the launcher, told by world()
-        return None, []
-    if grid.size == 1:
-        return grid, []
-    return grid, ok("ranks", "all run the same program with the same packages")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            grid = Grid()
+        except RankError as error:
+            *table, fix = str(error).splitlines()
+            return None, problem("ranks", "\n".join(table), fix)
+        except RuntimeError:  # the launcher, told by world()
+            return None, []
+    found = [finding for said in caught for finding in warning("ranks", *str(said.message).split(": ", 1))]
+    return grid, found or (ok("ranks", "all run the same program with the same packages") if grid.size > 1 else [])
 
 
 def sums(grid):

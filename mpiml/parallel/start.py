@@ -164,7 +164,7 @@ def _compare(records, nodes, allowed):
             odd = odd or min(groups.values(), key=len)
     if differing:
         fix = ("start all ranks with one command line" if {"script", "arguments"} & set(differing) else
-               "give all nodes the same installation" if set(differing) & set(_record()) else
+               "give all ranks the same installation, on every node" if set(differing) & set(_record()) else
                "give Grid the same arguments on all ranks")
         raise RankError("the ranks of this job differ in\n" + "\n".join(lines) + f"\n{fix}; if they are meant to differ, "
                         f"export MPIML_MAY_DIFFER={shlex.quote(','.join(differing))}", odd)
