@@ -5,6 +5,7 @@
 """
 
 import argparse
+from hashlib import sha256
 from pathlib import Path
 from time import perf_counter
 
@@ -23,6 +24,7 @@ parser.add_argument("--model", choices=["mlp", "cnn"], default="mlp")
 parser.add_argument("--data", metavar="FOLDER", help="with the MNIST IDX files; default: $MPIML_DATA, cache, download")
 parser.add_argument("--seed", type=int, default=0)
 parser.add_argument("--dtype", choices=["float32", "float64"], default="float32")
+parser.add_argument("--lanes", type=int, help="pieces of each batch: with them, the same bits on any number of ranks")
 parser.add_argument("--save", metavar="FILE", help="write the weights to this safetensors file at the end")
 args = parser.parse_args()
 if args.epochs < 1:
@@ -42,7 +44,7 @@ def cnn(height, width):
         Flatten(), Linear(32 * (height // 4) * (width // 4), 64), relu, Linear(64, 10))
 
 
-grid = Grid()
+grid = Grid(lanes=args.lanes)
 (x, y), (x_test, y_test) = mnist(args.data, grid)
 steps = args.epochs * len(batches(x, y, args.batch, grid=grid))
 
@@ -62,7 +64,8 @@ def say(text):
 
 
 say(f"{len(x)} digits, {args.model} of {len(model.vector)} parameters, {grid.size} ranks, batch {args.batch}")
-step(prepare(x[:grid.size]), y[:grid.size])  # loads or compiles the kernels, which is not training's time
+# Loads or compiles the kernels, which is not training's time.
+step(*next(iter(batches(x, y, args.batch, grid=grid, transform=prepare))))
 watch.restart()
 training = 0.0
 for epoch in range(args.epochs):
@@ -78,6 +81,8 @@ for epoch in range(args.epochs):
     say(f"epoch {epoch + 1}: loss {total / len(share):.6f}, test loss {test['loss']:.4f}, "
         f"test accuracy {test['accuracy']:.4f}, {len(x) / seconds:,.0f} samples/s")
 
+if args.lanes:
+    say(f"weights {sha256(model.vector).hexdigest()}")
 times = watch.report(grid)
 if args.save and grid.rank == 0:
     from mpiml.save import save

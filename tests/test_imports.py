@@ -19,6 +19,7 @@ ALLOWED = {
     "tensor.py": ({"kernels"}, {"numpy"}),
     "ops": ({"kernels", "ops", "tensor"}, {"numpy"}),
     "nn.py": ({"ops", "random", "tensor"}, {"numpy"}),
+    "lanes.py": ({"data", "kernels", "nn"}, {"numpy"}),
     "optim.py": ({"kernels", "nn"}, {"numpy"}),
     "metrics.py": (set(), {"numpy"}),
     "data": ({"data", "random"}, {"numpy", "pooch", "requests"}),
@@ -26,7 +27,7 @@ ALLOWED = {
     "schedule": ({"schedule"}, {"matplotlib", "numpy"}),
     "check.py": ({"__version__", "cores", "data", "kernels", "memory"}, {"llvmlite", "numba", "numpy", "threadpoolctl"}),
     "__main__.py": ({"check", "cores", "kernels", "parallel", "schedule"}, set()),
-    "parallel": ({"__version__", "check", "cores", "data", "kernels", "nn", "parallel", "schedule", "tensor"},
+    "parallel": ({"__version__", "check", "cores", "data", "kernels", "lanes", "nn", "parallel", "schedule", "tensor"},
                  {"llvmlite", "mpi4py", "numba", "numpy", "tqdm"}),
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
