@@ -284,7 +284,7 @@ def test_what_other_ranks_found():
 
 # --- Agreement at the start ------------------------------------------------------------------------------------------------
 
-PROGRAM = "from mpiml.parallel import Grid\nprint('together', Grid().size)\n"
+PROGRAM = "from mpiml.parallel import Grid\nprint(f'together {Grid().size}\\n', end='')\n"
 
 
 def start(tmp_path, one, other, **variables):
