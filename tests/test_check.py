@@ -324,8 +324,8 @@ def test_ranks_with_other_sources(tmp_path):
     assert _digest(_sources(tmp_path / "mpiml")) == _digest(_sources(ROOT / "mpiml"))  # as on two nodes
     with open(tmp_path / "mpiml" / "optim.py", "a") as file:
         file.write("# a local change\n")
-    program = "import sys\nsys.path.insert(0, {!r})\n" + PROGRAM
-    run = start(tmp_path, (program.format(str(ROOT)),), (program.format(str(tmp_path)),), MPIML_MAY_DIFFER="script")
+    one, other = (f"import sys\nsys.path.insert(0, {str(folder)!r})\n{PROGRAM}" for folder in (ROOT, tmp_path))
+    run = start(tmp_path, (one,), (other,), MPIML_MAY_DIFFER="script")
     assert run.code != 0
     assert re.search(r"differ in\n  mpiml +0\S+, sources \w+ +ranks 0-1\n +0\S+, sources \w+ +rank 2\n"
                      r"give all ranks the same installation", run.err), run.err
