@@ -9,6 +9,7 @@ mpiml.optim          SGD, Adam, AdamW, LARS, LAMB and learning-rate schedules on
 mpiml.data           readers and batches
 mpiml.save           weights to and from safetensors
 mpiml.schedule       pipeline schedules: lists, simulated and drawn
+mpiml.check          python -m mpiml check: what is wrong with this machine or this job
 mpiml.parallel       Grid, place, gradient, predict: the only part that starts MPI
 ===================  ==================================================================
 """

@@ -4,6 +4,8 @@ import argparse
 import functools
 import sys
 
+from mpiml import check as findings
+from mpiml import cores
 from mpiml.kernels.warmup import warm_up
 from mpiml.schedule import SCHEDULES, picture, simulate, text
 
@@ -29,6 +31,31 @@ def draw(args):
 def warmup(args):
     """Compile all kernels for this CPU into the cache on disk, so that later runs start at once."""
     warm_up(args.dtype)
+
+
+def check(args):
+    """Find what is wrong with this machine or, under mpirun or srun, with this job, and say how to mend it."""
+    speaks = findings.launched_rank() == 0
+    found = findings.process() + (findings.machine() if cores.rank_on_node() == 0 else [])
+    if speaks:
+        print(findings.title())
+        findings.show(found)  # before MPI starts, which may fail
+    if not any(finding.topic == "MPI" and finding.mark != "ok" for finding in found):
+        found = found + _job(found, speaks)
+    if speaks:
+        print(findings.verdict(found))
+    sys.exit(speaks and any(finding.mark == "problem" for finding in found))
+
+
+def _job(found, speaks):
+    try:
+        with findings.limited_start(speaks):
+            from mpiml.parallel.check import job
+    except ImportError as error:
+        added = findings.problem("MPI", *str(error).split(": ", 1))
+        findings.show(added if speaks else [])
+        return added
+    return job(found, speaks)
 
 
 def whole(text):
@@ -62,6 +89,8 @@ def main():
     command.add_argument("--dtype", nargs="+", choices=("float32", "float64"), default=("float32", "float64"),
                          help="float32, float64 or both (default)")
     command.set_defaults(run=warmup)
+    command = commands.add_parser("check", help=check.__doc__, description=check.__doc__)
+    command.set_defaults(run=check)
     args = parser.parse_args()
     try:
         args.run(args)

@@ -17,7 +17,7 @@ _LOCAL_SIZE = ("MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE", "MV2_COMM_WORLD_
                "SLURM_STEP_TASKS_PER_NODE")
 _LOCAL_RANK = ("MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_LOCAL_RANK", "SLURM_LOCALID")
 
-_THREAD_CAPS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "BLIS_NUM_THREADS",
+THREAD_CAPS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "BLIS_NUM_THREADS",
                 "VECLIB_MAXIMUM_THREADS", "NUMBA_NUM_THREADS")
 
 
@@ -80,7 +80,7 @@ def share_cores():
         return
     late = "numpy" in sys.modules and "OMP_NUM_THREADS" not in os.environ
     count = threads()
-    for name in _THREAD_CAPS:
+    for name in THREAD_CAPS:
         os.environ.setdefault(name, str(count))
     if late:
         _cap_loaded_blas(count)

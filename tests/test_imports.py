@@ -25,8 +25,9 @@ ALLOWED = {
     "data": ({"data", "random"}, {"numpy", "pooch", "requests"}),
     "save.py": (set(), {"numpy", "safetensors"}),
     "schedule": ({"schedule"}, {"matplotlib", "numpy"}),
-    "__main__.py": ({"kernels", "schedule"}, set()),
-    "parallel": ({"cores", "data", "kernels", "lanes", "nn", "parallel", "schedule", "tensor"},
+    "check.py": ({"__version__", "cores", "data", "kernels", "memory"}, {"llvmlite", "numba", "numpy", "threadpoolctl"}),
+    "__main__.py": ({"check", "cores", "kernels", "parallel", "schedule"}, set()),
+    "parallel": ({"__version__", "check", "cores", "data", "kernels", "lanes", "nn", "parallel", "schedule", "tensor"},
                  {"llvmlite", "mpi4py", "numba", "numpy", "tqdm"}),
 }
 FILES = sorted(PACKAGE.rglob("*.py"))

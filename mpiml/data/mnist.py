@@ -99,6 +99,12 @@ def _find(folder, name):
                             f"--data or MPIML_DATA, or name none to download them")
 
 
+def cache_folder():
+    """The folder of the user's cache that downloads go to."""
+    import pooch
+    return Path(pooch.os_cache("mpiml")) / "mnist"
+
+
 def fetch():
     """Download MNIST into the user's cache, unless it is there.
 
@@ -112,7 +118,7 @@ def fetch():
         import requests
     except ImportError:
         return None, "downloading needs pooch: pip install 'mpiml[examples]'"
-    folder = pooch.os_cache("mpiml") / "mnist"
+    folder = cache_folder()
     if all((folder / name).is_file() for name in FILES):
         return str(folder), None
     pooch.get_logger().setLevel("WARNING")

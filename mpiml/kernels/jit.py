@@ -28,6 +28,7 @@ import sys
 import tempfile
 import types
 from time import perf_counter, time
+from typing import NamedTuple
 
 import numba
 from numba.core import config, serialize
@@ -123,6 +124,7 @@ class _Report:
 
 
 _lock, _report = _NodeLock(), _Report()
+_made = []  # (function, digest) of each kernel
 
 
 @contextlib.contextmanager
@@ -174,6 +176,12 @@ class _Files(IndexDataCacheFile):
         except Exception:  # noqa: S110  whatever is wrong with a file, compiling helps
             pass
         return None
+
+    def keys(self):
+        try:
+            return list(self._load_index())
+        except Exception:  # as above
+            return []
 
     def save(self, key, data):
         try:
@@ -248,6 +256,16 @@ class _NodeCache(FunctionCache):
         with contextlib.suppress(OSError):  # a full disk: this process goes on with what it has compiled
             super().save_overload(sig, data)
 
+    @property
+    def folder(self):
+        return self._cache_path
+
+    def is_ready(self):
+        """Whether there is machine code for this CPU, of any signature."""
+        from numba.core.registry import cpu_target
+        cpu = cpu_target.target_context.codegen().magic_tuple()
+        return any(key[1] == cpu for files in (self._cache_file, self._common) if files for key in files.keys())
+
     def _index_key(self, sig, codegen):
         # Numba pickles what a kernel closes over, and another kernel in there differs in every process.
         return sig, codegen.magic_tuple(), _describe(self._py_func)
@@ -265,6 +283,28 @@ def _describe(value):
     if value is None or isinstance(value, (int, float, str, type, numba.types.Type)):
         return repr(value)
     return hashlib.blake2b(serialize.dumps(value), digest_size=8).hexdigest()
+
+
+class CacheState(NamedTuple):
+    """What :func:`cache_state` found."""
+
+    folder: str | None  #: where kernels are written to; None: nowhere
+    ready: int  #: kernels with machine code for this CPU
+    kernels: int  #: kernels there are
+
+
+def cache_state():
+    """Where the kernels that were imported so far are kept, and how many of them are there, ready for this CPU.
+
+    Nothing is compiled. Not every kernel is needed by every program, and a kernel counts from its first dtype on.
+    """
+    folder, ready = None, 0
+    for function, digest in _made:
+        with contextlib.suppress(RuntimeError):  # as in kernel: no folder
+            cache = _NodeCache(function, digest)
+            folder = folder or cache.folder
+            ready += cache.is_ready()
+    return CacheState(folder, ready, len(_made))
 
 
 def kernel(function=None, *, exact=False, reads="", writes=""):
@@ -286,6 +326,7 @@ def kernel(function=None, *, exact=False, reads="", writes=""):
     names = function.__code__.co_varnames[:function.__code__.co_argcount]
     any_strides = {names.index(name): name in reads.split() for name in (reads + " " + writes).split()}
     digest = _digest(function.__code__.co_filename)  # of the text as it is imported, which may change before the first call
+    _made.append((function, digest))
     compile_ = dispatcher.compile
     known, caches = set(), []  # looking for a folder takes time, so it waits for the first call
 

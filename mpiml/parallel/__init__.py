@@ -14,10 +14,10 @@ from . import abort
 
 abort.install(MPI.COMM_WORLD)
 
+from .error import RankError, RanksLost  # noqa: E402
 from .evaluate import evaluate  # noqa: E402
 from .gradient import gradient  # noqa: E402
 from .grid import Grid  # noqa: E402
-from .group import RankError, RanksLost  # noqa: E402
 from .place import Part, place  # noqa: E402
 from .predict import predict  # noqa: E402
 from .profile import Profile, profile  # noqa: E402

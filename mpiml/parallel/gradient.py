@@ -14,7 +14,7 @@ from mpiml.lanes import Leaves, samples_together
 from mpiml.nn import BatchNorm2d, Dropout
 from mpiml.schedule import ScheduleError, orders, owners, simulate
 
-from .group import RankError, RanksLost
+from .error import RankError, RanksLost
 from .interpreter import Interpreter
 from .place import Part
 from .recorder import recorder

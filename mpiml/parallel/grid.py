@@ -6,21 +6,19 @@ import hashlib
 import json
 import math
 import mmap
-import os
 import shutil
 import tempfile
 
 import numpy as np
 from mpi4py import MPI
 
-from . import abort
-from .group import Group, RankError, RanksLost
-from .recorder import ELASTIC, names, recorder
+from . import abort, start
+from .error import RankError, RanksLost, names
+from .group import Group
+from .recorder import ELASTIC, recorder
 
 _SHARED = "/dev/shm"  # noqa: S108  a folder in memory
 _LONG = 500  # characters of a value that an error shows
-_WORLD_SIZE = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
-_SLURM_SIZE = ("SLURM_STEP_NUM_TASKS",)  # also in what an mpirun inside of a step starts, so it counts if it stands alone
 
 
 def _on_those_left(method):
@@ -69,24 +67,26 @@ class Grid:
     ValueError
         The grid does not fit the number of processes, and the message lists those that do; or there are fewer lanes than
         replicas.
+    RankError
+        The ranks run different programs, packages or arguments; see :mod:`mpiml.parallel.start`.
     RuntimeError
         The launcher belongs to another MPI than the one that was loaded: every process would train alone.
     """
 
     def __init__(self, data=None, pipe=1, comm=None, lanes=None):
-        if comm is None:
-            comm = MPI.COMM_WORLD
-            _check_launcher(comm.size)
+        comm = MPI.COMM_WORLD if comm is None else comm
+        if MPI.Comm.Compare(comm, MPI.COMM_WORLD) in (MPI.IDENT, MPI.CONGRUENT):
+            recorder.start(MPI.COMM_WORLD)
+        comm = Group(comm).Dup()
+        start.check(comm, data=data, pipe=pipe, lanes=lanes)
         self.data, self.pipe = _factors(data, pipe, comm.size)
         if lanes is not None and (not isinstance(lanes, (int, np.integer)) or lanes < self.data):
             raise ValueError(f"lanes is a whole number of pieces of a batch, one at least for each of the {self.data} "
                              f"replicas, not {lanes!r}")
         self.lanes = lanes
-        if MPI.Comm.Compare(comm, MPI.COMM_WORLD) in (MPI.IDENT, MPI.CONGRUENT):
-            recorder.start(MPI.COMM_WORLD)
         self.generation, self._attempting = 0, False
         self.elastic = ELASTIC and pipe == 1
-        self._divide(Group(comm).Dup())
+        self._divide(comm)
 
     def _divide(self, comm):
         """Make the communicators of the grid's parts."""
@@ -171,12 +171,7 @@ class Grid:
     @_on_those_left
     def texts(self, text):
         """Every rank's ``text``, on every rank; for start-up and errors, not for the training loop."""
-        mine = np.frombuffer(text.encode(), np.uint8)
-        lengths = np.empty(self.size, np.int64)
-        self.comm.Allgather(np.array([mine.size], np.int64), lengths)
-        everything = np.empty(lengths.sum(), np.uint8)
-        self.comm.Allgatherv(mine, [everything, lengths])
-        return [part.tobytes().decode() for part in np.split(everything, np.cumsum(lengths)[:-1])]
+        return start.texts(self.comm, text)
 
     @_on_those_left
     def same(self, what, value):
@@ -297,16 +292,3 @@ def _factors(data, pipe, size):
         start = f"start it with mpirun -n {data * pipe}, or " if data else ""
         raise ValueError(f"{asked} processes, but there are {size}: {start}choose data x pipe among {fit}")
     return int(data), int(pipe)
-
-
-def _check_launcher(size):
-    for variables in _WORLD_SIZE, _SLURM_SIZE:
-        started = {name: int(os.environ[name]) for name in variables if os.environ.get(name, "").isdigit()}
-        if size in started.values():
-            return  # another launcher around this one left the other number
-        if started:
-            name, number = next(iter(started.items()))
-            library = MPI.Get_library_version().strip("\0\n ").splitlines()[0]
-            raise RuntimeError(f"the launcher started {number} processes ({name}), but the MPI library that mpi4py loaded "
-                               f"({library}) sees {size}: use the mpirun that belongs to this library, or the mpi4py that "
-                               f"belongs to this mpirun")

@@ -6,21 +6,10 @@ import zlib
 import numpy as np
 from mpi4py import MPI
 
+from .error import RankError, RanksLost
 from .recorder import Wait, apart, recorder
 
 _LOST = MPI.ERR_PROC_FAILED, MPI.ERR_PROC_FAILED_PENDING, MPI.ERR_REVOKED
-
-
-class RankError(RuntimeError):
-    """An error that all ranks found together; ``ranks`` are those that caused it."""
-
-    def __init__(self, message, ranks):
-        super().__init__(message)
-        self.ranks = ranks
-
-
-class RanksLost(RuntimeError):
-    """Ranks died, and the others go on as a smaller grid: what was under way was undone and is to be tried again."""
 
 
 class Group(MPI.Intracomm):

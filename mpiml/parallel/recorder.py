@@ -25,6 +25,7 @@ import numpy as np
 from mpi4py import MPI
 
 from . import abort, shared
+from .error import names
 
 ELASTIC = os.environ.get("OMPI_MCA_mpi_ft_enable") == "1"  # mpirun --with-ft ulfm: MPI itself tells of ranks that died
 RUNNING, WAITING, LEFT, FAILED = range(4)
@@ -246,12 +247,6 @@ def apart(texts):
     odd = min(groups.values(), key=len)
     parts = (f"{names(ranks)} in {text}" for text, ranks in sorted(groups.items(), key=lambda item: len(item[1])))
     return f"{', but '.join(parts)}. All ranks must do the same, in the same order, as often", odd
-
-
-def names(ranks):
-    """The numbers of ranks as text, the first of many."""
-    more = f" and {len(ranks) - 8} more" if len(ranks) > 8 else ""
-    return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks[:8]))}{more}"
 
 
 def _times(text):
