@@ -122,10 +122,10 @@ def _record():
 
 def _sources(folder):
     found = []
-    for path, folders, names in os.walk(folder):
+    for path, folders, files in os.walk(folder):
         if "__pycache__" in folders:
             folders.remove("__pycache__")  # perhaps thousands of kernels
-        found += [os.path.join(path, name) for name in names if name.endswith(".py")]
+        found += [os.path.join(path, name) for name in files if name.endswith(".py")]
     return sorted(found)
 
 
