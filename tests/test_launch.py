@@ -100,7 +100,7 @@ OUT_OF_STEP = {
     "swapped": r"rank 1 in the gradient sum of \d+ float32 in step 0, but ranks 0, 2-3 in the gradient sum .* in step 20",
     "caught": r"RankError: the ranks are no longer in step: rank 1 in .* in step 21, but ranks 0, 2-3 in .* in step 20",
     "short": r"the ranks wait for each other, for ever: rank 0 in B\(0, 0\) in step 20, but rank 1 in ",
-    "SIGKILL": "", "SIGSEGV": "", "vanish": "",  # the launcher sees these
+    "SIGKILL": "", "SIGSEGV": "",  # the launcher sees these
 }
 
 
