@@ -13,12 +13,16 @@ Each rank computes a run of neighbouring lanes and adds what it can: up to the l
 the ranks add up those nodes, again along the tree. Which rank computed a node cannot be seen in its value.
 """
 
+import copy
 import itertools
 import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
 
+from . import cores
 from . import kernels as k
 from .data.batches import share
 from .kernels.jit import kernel
@@ -154,27 +158,32 @@ class Leaves:
         self.home = {node.index << node.level: row for node, row in self.rows.items()}  # of the node's first lane
         self.spare, self.views = [], {}
         self.open, self.ready = {}, {}
+        self.lock = threading.Lock()
 
     def clear(self):
         """Forget the gradients of a step that an exception ended."""
         self.open, self.ready = {}, {}
 
-    def at(self, m):
-        """Let the model's gradients accumulate in the vector of lane ``held[m]``, which is zero at first."""
+    def at(self, m, model=None):
+        """Let the model's gradients accumulate in the vector of lane ``held[m]``, which is zero at first.
+
+        Another thread has another ``model``, a :func:`twin` of the first.
+        """
         vector = self.open.get(m)
         if vector is None:
             vector = self.home.get(self.held[m])
             if vector is None:
-                vector = self.spare.pop() if self.spare else np.empty_like(self.model.sums)
+                with self.lock:
+                    vector = self.spare.pop() if self.spare else np.empty_like(self.model.sums)
             vector[:] = 0
             self.open[m] = vector
-        self._accumulate_in(vector)
+        self._accumulate_in(vector, self.model if model is None else model)
 
-    def _accumulate_in(self, vector):
-        pairs = self.views.get(id(vector))
+    def _accumulate_in(self, vector, model):
+        pairs = self.views.get((id(vector), id(model)))
         if pairs is None:  # making views costs more than the smallest layers
-            views = self.model.views(vector[:-2])
-            pairs = self.views[id(vector)] = list(zip(self.model.layout().values(), views, strict=True))
+            pairs = list(zip(model.layout().values(), model.views(vector[:-2]), strict=True))
+            self.views[id(vector), id(model)] = pairs
         for parameter, view in pairs:
             parameter.grad = view
 
@@ -187,9 +196,11 @@ class Leaves:
         while node not in self.rows:
             sibling = Node(node.level, node.index ^ 1)
             if _leaves(sibling, self.lanes):
-                if sibling not in self.ready:
-                    break
-                pair = self.ready.pop(sibling), vector
+                with self.lock:  # of two threads, the second adds
+                    if sibling not in self.ready:
+                        self.ready[node] = vector
+                        return
+                    pair = self.ready.pop(sibling), vector
                 vector = self._add(*(pair if sibling.index < node.index else pair[::-1]))
             node = _parent(node)
         self.ready[node] = vector
@@ -210,7 +221,29 @@ class Leaves:
             elif vector is not row:
                 row[:] = vector
                 self.spare.append(vector)
-        self._accumulate_in(next(iter(self.rows.values())))
+        self._accumulate_in(next(iter(self.rows.values())), self.model)
+
+
+def twin(model, *shared):
+    """A model with the parameters of another, and gradients of its own: for another thread.
+
+    Parameters
+    ----------
+    model : mpiml.nn.Module
+    *shared
+        What it refers to and the twin is to refer to as well, instead of a copy.
+    """
+    arrays = [array for p in model.named().values() for array in (p.value, p.grad)] + [model.vector, model.sums, model.gradient]
+    return copy.deepcopy(model, {id(thing): thing for thing in (*arrays, *shared)})
+
+
+def in_threads(work, count):
+    """Call ``work(0)``, ..., ``work(count - 1)``, each in a thread of its own, the first in this one; what they return."""
+    if count == 1:
+        return [work(0)]
+    with ThreadPoolExecutor(count - 1) as pool:
+        futures = [pool.submit(work, i) for i in range(1, count)]
+        return [work(0), *(future.result() for future in futures)]
 
 
 def samples_together(model, pieces):
@@ -229,7 +262,7 @@ def samples_together(model, pieces):
     return math.lcm(*(norm.samples or 1 for norm in norms))
 
 
-def gradient(model, loss, lanes, first_step=0):
+def gradient(model, loss, lanes, first_step=0, threads=None):
     """A function ``step(x, y)`` that leaves the gradient of the mean loss in ``model.gradient``, without MPI.
 
     The same bits as from :func:`mpiml.parallel.gradient` on any grid with as many lanes.
@@ -244,6 +277,8 @@ def gradient(model, loss, lanes, first_step=0):
         Pieces into which each batch is cut.
     first_step : int
         Number of the first step, which dropout depends on.
+    threads : int, optional
+        Threads that compute the lanes; by default one for each core. The bits do not depend on it.
 
     Returns
     -------
@@ -258,7 +293,9 @@ def gradient(model, loss, lanes, first_step=0):
     if not isinstance(lanes, (int, np.integer)) or lanes < 1:
         raise ValueError(f"lanes is a number of pieces of a batch, a whole number above 0, not {lanes!r}")
     multiple = samples_together(model, lanes)
+    threads = min(lanes, cores.threads() if threads is None else threads)
     leaves = Leaves(model, [model.sums], range(lanes), lanes)
+    models = [model, *(twin(model) for _ in range(threads - 1))]
     numbers = itertools.count(first_step)
 
     def step(x, y):
@@ -266,15 +303,19 @@ def gradient(model, loss, lanes, first_step=0):
         if len(x) != len(y) or not len(x):
             raise ValueError(f"a batch has samples, as many in x as in y: x has {len(x)} and y has {len(y)}")
         leaves.clear()
-        for lane in range(lanes):
-            start, stop = share(len(x), lane, lanes, multiple)
-            total = 0.0
-            if start < stop:
-                leaves.at(lane)
-                value = loss(model(x[start:stop], Step(number, start)), y[start:stop])
-                total = float(value)
-                value.backward()
-            leaves.close(lane, total, stop - start)
+
+        def compute(thread):
+            for lane in range(thread, lanes, threads):
+                start, stop = share(len(x), lane, lanes, multiple)
+                total = 0.0
+                if start < stop:
+                    leaves.at(lane, models[thread])
+                    value = loss(models[thread](x[start:stop], Step(number, start)), y[start:stop])
+                    total = float(value)
+                    value.backward()
+                leaves.close(lane, total, stop - start)
+
+        in_threads(compute, threads)
         leaves.finish()
         count = float(model.sums[-1])
         k.scale(model.gradient, model.sums.dtype.type(1 / count))

@@ -8,9 +8,10 @@ from time import perf_counter
 import numpy as np
 from mpi4py import MPI
 
+from mpiml import cores
 from mpiml import kernels as k
 from mpiml.data.batches import share
-from mpiml.lanes import Leaves, samples_together
+from mpiml.lanes import Leaves, in_threads, samples_together, twin
 from mpiml.nn import BatchNorm2d, Dropout
 from mpiml.schedule import ScheduleError, orders, owners, simulate
 
@@ -21,7 +22,7 @@ from .recorder import recorder
 from .sum import held, summation
 
 
-def gradient(model, loss, grid, microbatches=None, *, recompute=False, watch=None, first_step=0):
+def gradient(model, loss, grid, microbatches=None, *, recompute=False, watch=None, first_step=0, threads=None):
     """A function ``step(x, y)`` that leaves the gradient of the global mean loss in ``model.gradient``.
 
     Each replica cuts its share of the batch into micro-batches, and its stages run the model's schedule: the *sum* of
@@ -48,6 +49,9 @@ def gradient(model, loss, grid, microbatches=None, *, recompute=False, watch=Non
         Records what this rank does.
     first_step : int
         Number of the first step, which dropout depends on; later steps count on from it.
+    threads : int, optional
+        Threads of this rank that compute its lanes, where there are lanes and no pipeline; by default one for each core that
+        falls to this rank. The bits do not depend on it. A watch sees what the first of them does.
 
     Returns
     -------
@@ -81,7 +85,12 @@ def gradient(model, loss, grid, microbatches=None, *, recompute=False, watch=Non
         microbatches = 1 if grid.pipe == 1 else 2 * grid.pipe
     if not grid.lanes and (not isinstance(microbatches, (int, np.integer)) or microbatches < 1):
         raise ValueError(f"microbatches is a whole number above 0, not {microbatches!r}")
-    make = functools.partial(_Plan, model, loss, grid, microbatches, recompute, watch)
+    if threads is None:
+        threads = cores.threads() if grid.lanes and grid.pipe == 1 else 1
+    if not isinstance(threads, int) or threads < 1 or (threads > 1 and not (grid.lanes and grid.pipe == 1)):
+        raise ValueError(f"threads is a whole number above 0, and 1 on a grid without lanes or with a pipeline, not "
+                         f"{threads!r}")
+    make = functools.partial(_Plan, model, loss, grid, microbatches, recompute, watch, threads)
     plan, number = make(), first_step
 
     def take(x, y):
@@ -107,7 +116,7 @@ def gradient(model, loss, grid, microbatches=None, *, recompute=False, watch=Non
 class _Plan:
     """What the step of a model is made of, on the ranks that the grid has now."""
 
-    def __init__(self, model, loss, grid, microbatches, recompute, watch):
+    def __init__(self, model, loss, grid, microbatches, recompute, watch, threads):
         self.model, self.grid, self.watch, self.generation = model, grid, watch, grid.generation
         self.lanes = range(*held(grid, grid.replica)) if grid.lanes else None
         self.microbatches = len(self.lanes) if self.lanes else microbatches
@@ -125,7 +134,9 @@ class _Plan:
         _same_weights(model, grid)
         self.actions = model.schedule(grid.stage, grid.pipe, self.microbatches)
         recomputed = recompute if isinstance(recompute, bool) else grid.stage in recompute
-        self.interpreter = Interpreter(model, loss, recomputed, watch)
+        twins = min(threads, self.microbatches) - 1
+        self.interpreters = [Interpreter(model, loss, recomputed, watch)] + [
+            Interpreter(twin(model, grid, model.link, model.costs), loss, recomputed, None) for _ in range(twins)]
         self.total = summation(grid, len(model.sums), model.sums.dtype)
         self.sums = self.total.rows[0]
         model.accumulate_in(self.sums)
@@ -171,16 +182,22 @@ class _Plan:
         actions = [a for a in self.actions if parts[a.microbatch][0] < parts[a.microbatch][1]]
         if not self.lanes:
             self.sums[:] = 0
-            local = self.interpreter.run(actions, x, y, parts, number, first)
+            local = self.interpreters[0].run(actions, x, y, parts, number, first)
             self.sums[-2:] = local, len(x)
             return local
         self.leaves.clear()
         for m, (start, stop) in enumerate(parts):
             if start == stop:
                 self.leaves.close(m)
-        local = self.interpreter.run(actions, x, y, parts, number, first, self.leaves)
+        threads = len(self.interpreters)
+
+        def run(thread):
+            mine = [a for a in actions if a.microbatch % threads == thread]
+            return self.interpreters[thread].run(mine, x, y, parts, number, first, self.leaves)
+
+        losses = in_threads(run, threads)
         self.leaves.finish()
-        return local
+        return math.fsum(losses)
 
 
 def _same_weights(model, grid):

@@ -78,7 +78,7 @@ class Interpreter:
             arrived = perf_counter()
             m = action.microbatch
             if leaves and not isinstance(action, F):
-                leaves.at(m)
+                leaves.at(m, self.part)
                 unfinished[m] -= 1
             # Each in a function of its own, whose variables keep nothing alive when it is done.
             message = self._steps[type(action)](self, m, action.chunk, *received)
