@@ -128,7 +128,11 @@ class Grid:
             except MPI.Exception:
                 done = False  # on all ranks alike
             if not done:
-                raise RanksLost(self._go_on_without()) from problem
+                before = self.size
+                text = self._go_on_without()
+                if self.size == before and problem:
+                    raise problem  # nobody died: MPI failed
+                raise RanksLost(text) from problem
             return result
         finally:
             self._attempting = False

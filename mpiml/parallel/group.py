@@ -7,7 +7,7 @@ import numpy as np
 from mpi4py import MPI
 
 from .error import RankError, RanksLost
-from .recorder import Wait, apart, recorder
+from .recorder import ELASTIC, Wait, apart, recorder
 
 _LOST = MPI.ERR_PROC_FAILED, MPI.ERR_PROC_FAILED_PENDING, MPI.ERR_REVOKED
 
@@ -75,7 +75,8 @@ def _checked(name, form=None):
                 self.compare(wait.what)
                 return collective(self, *args)
         except MPI.Exception as error:
-            if error.Get_error_class() in _LOST:
+            # Some of Open MPI's collectives say MPI_ERR_OTHER; whether somebody died is seen when those left meet.
+            if error.Get_error_class() in _LOST or ELASTIC:
                 raise RanksLost(f"{error} in {recorder.told(text)}") from error
             raise
 
