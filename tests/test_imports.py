@@ -22,7 +22,7 @@ ALLOWED = {
     "optim.py": ({"kernels", "nn"}, {"numpy"}),
     "metrics.py": (set(), {"numpy"}),
     "data": ({"data", "random"}, {"numpy", "pooch", "requests"}),
-    "save.py": (set(), {"numpy", "safetensors"}),
+    "save": ({"data", "nn", "save"}, {"numpy", "safetensors"}),
     "schedule": ({"schedule"}, {"matplotlib", "numpy"}),
     "__main__.py": ({"kernels", "schedule"}, set()),
     "parallel": ({"cores", "data", "kernels", "nn", "parallel", "schedule", "tensor"},

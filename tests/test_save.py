@@ -200,13 +200,13 @@ def fail(*args, **kwargs):
     raise OSError(28, "No space left on device")
 
 
-@pytest.mark.parametrize("step", ["save_file", "os.fsync", "os.chmod", "os.replace"])
+@pytest.mark.parametrize("step", ["write", "os.replace", "os.fsync"])
 def test_an_error_while_writing_leaves_the_old_file_and_no_litter(step, tmp_path, monkeypatch):
     path = tmp_path / "weights"
     save.save(trained(), path)
     old = path.read_bytes()
     with monkeypatch.context() as patch:
-        patch.setattr(f"mpiml.save.{step}", fail)
+        patch.setattr(f"mpiml.save.weights.{step}", fail)
         with pytest.raises(OSError, match="No space left"):
             save.save(trained(seed=1), path)
     assert path.read_bytes() == old and os.listdir(tmp_path) == ["weights"]
@@ -222,7 +222,7 @@ def test_the_name_appears_when_the_file_is_complete(tmp_path, monkeypatch):
         replace(source, target)
 
     replace = os.replace
-    monkeypatch.setattr("mpiml.save.os.replace", check)
+    monkeypatch.setattr("mpiml.save.weights.os.replace", check)
     save.save(trained(), tmp_path / "weights")
     assert os.listdir(tmp_path) == ["weights"]
 

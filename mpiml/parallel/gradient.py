@@ -1,7 +1,6 @@
 """The training step: the gradient of the mean loss over the global batch, on any grid."""
 
 import hashlib
-import itertools
 import math
 from time import perf_counter
 
@@ -19,7 +18,7 @@ from .place import Part
 from .sum import summation
 
 
-def gradient(model, loss, grid, microbatches=None, *, recompute=False, watch=None, first_step=0):
+def gradient(model, loss, grid, microbatches=None, *, recompute=False, watch=None, first_step=None):
     """A function ``step(x, y)`` that leaves the gradient of the global mean loss in ``model.gradient``.
 
     Each replica cuts its share of the batch into micro-batches, and its stages run the model's schedule: the *sum* of
@@ -44,8 +43,9 @@ def gradient(model, loss, grid, microbatches=None, *, recompute=False, watch=Non
         anew: a forward pass more, and the memory of all activations but of one micro-batch less.
     watch : mpiml.parallel.Watch, optional
         Records what this rank does.
-    first_step : int
-        Number of the first step, which dropout depends on; later steps count on from it.
+    first_step : int, optional
+        Number of the first step, which dropout depends on; by default ``model.steps``, which counts all steps of the model
+        and is part of a checkpoint.
 
     Returns
     -------
@@ -91,7 +91,7 @@ def gradient(model, loss, grid, microbatches=None, *, recompute=False, watch=Non
 
     mine = lists[grid.stage]
     interpreter = Interpreter(model, loss, recomputed, watch)
-    numbers = itertools.count(first_step)
+    model.steps, model.microbatches = model.steps if first_step is None else first_step, microbatches
     total = summation(grid, len(model.sums), model.sums.dtype)
     model.accumulate_in(total.vector)
     sums = model.sums
@@ -99,7 +99,7 @@ def gradient(model, loss, grid, microbatches=None, *, recompute=False, watch=Non
     positioned = bool(norms or model.whole().named(Dropout))
 
     def step(x, y):
-        number, first = next(numbers), 0
+        number, first, model.steps = model.steps, 0, model.steps + 1
         if len(x) != len(y):
             raise ValueError(f"x has {len(x)} samples but y has {len(y)}")
         if positioned:
