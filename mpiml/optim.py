@@ -108,8 +108,6 @@ def _scalars(vector, *values):
 class SGD(Optimizer):
     """Gradient descent, with momentum, Nesterov's momentum and weight decay, see :func:`mpiml.kernels.sgd`."""
 
-    moments = ("velocity",)
-
     def __init__(self, model, lr, momentum=0.0, nesterov=False, weight_decay=0.0):
         super().__init__(model, lr)
         _require(momentum >= 0, "SGD needs momentum >= 0", momentum)
@@ -117,6 +115,7 @@ class SGD(Optimizer):
         if nesterov and not momentum:
             raise ValueError("Nesterov's method is a kind of momentum: give momentum > 0")
         self.momentum, self.nesterov, self.weight_decay = momentum, nesterov, weight_decay
+        self.moments = ("velocity",) if momentum else ()
         self.velocity = self._moments() if momentum else np.empty(0, model.vector.dtype)
 
     def update(self, vector, gradient, lr):

@@ -144,7 +144,8 @@ class Checkpoint:
     def _check(self):
         content = self.content
         _require(content["format"] == FORMAT, f"its format is {content['format']!r}, and not {FORMAT!r}")
-        _require(_whole(content["step"], content["next_step"]), "its steps are no whole numbers")
+        _require(_whole(content["step"], content["next_step"]) and type(content["seed"]) is int,
+                 "its steps and seed are no whole numbers")
         _require(isinstance(content["optimizer"], str) and isinstance(content["settings"], dict)
                  and isinstance(content["at"], dict), "its optimizer, settings and values are no text and objects")
         self._files = content["files"]

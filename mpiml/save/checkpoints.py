@@ -24,7 +24,7 @@ from time import monotonic
 
 import numpy as np
 
-from mpiml.nn import Statistic
+from mpiml.nn import Module, Statistic
 
 from .checkpoint import FORMAT, MANIFEST, Checkpoint, contents, seal, split
 from .file import write
@@ -33,6 +33,16 @@ from .weights import misfits, refuse
 STOPPED = 75  # EX_TEMPFAIL of <sysexits.h>: not done, start it again
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 _REACTION, _FEWEST = 0.1, 100  # the ranks talk after so many seconds, and after so many steps at the latest
+
+
+class _Asked:
+    """What this process was asked by a signal, which belongs to no training in it."""
+
+    signal = 0
+
+
+def _ask(number, frame):
+    _Asked.signal = number
 
 
 class _Alone:
@@ -57,8 +67,8 @@ class _Alone:
 class Checkpoints:
     """Keeps the state of a training in a folder, and brings it back.
 
-    A checkpoint holds the model's parameters and statistics, the optimizer's moments and number of steps, the number of
-    the step that dropout depends on, and what you add to it. Loaded on the same grid, training goes on with the bits
+    A checkpoint holds the model's parameters and statistics, the optimizer's moments and number of steps, the seed and the
+    number of the step that dropout depends on, and what you add to it. Loaded on the same grid, training goes on with the bits
     that it would have had; it can be loaded on any other: more ranks or fewer, other stages, or one process without MPI.
 
     In a parallel program all methods are to be called on all ranks together, and the folder is one that all nodes share.
@@ -110,7 +120,7 @@ class Checkpoints:
         self._loaded = False
         self._job = None  # what is being written
         self._begun, self._last = None, monotonic()  # the step that was saved last, and when
-        self._asked, self._handlers = 0, {}
+        self._listening = False
         self._pace = self._left = 1  # steps from one talk to the next, and to the next one from here
         self._talked = monotonic()
 
@@ -166,11 +176,15 @@ class Checkpoints:
         try:
             self._publish()
         finally:
-            handlers, self._handlers = self._handlers, {}
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
-            if self._asked:
-                signal.raise_signal(self._asked)
+            if self._listening:
+                self._listening = False
+                for number in _SIGNALS:
+                    if signal.getsignal(number) == _ask:
+                        signal.signal(number, signal.SIG_DFL)
+                asked = _Asked.signal
+                _Asked.signal = 0
+                if asked:
+                    signal.raise_signal(asked)
 
     def _talk(self):
         """The ranks agree whether one was asked to stop, one is still writing, and it is time to save."""
@@ -179,25 +193,21 @@ class Checkpoints:
         reach = int(self._pace * _REACTION / max(now - self._talked, 1e-6))
         pace = 0 if self._grid.rank else max(1, min(reach, 2 * self._pace, _FEWEST))
         writing = self._job is not None and not self._job["written"].done()
-        asked, writing, late, self._pace = self._grid.maximum(self._asked, writing, late, pace)
+        asked, writing, late, self._pace = self._grid.maximum(_Asked.signal, writing, late, pace)
         self._left, self._talked = self._pace, monotonic()
         return asked, writing, late
 
     def _listen(self):
-        if self._handlers or threading.current_thread() is not threading.main_thread():
-            return
-
-        def ask(number, frame):
-            self._asked = number
-
-        for number in _SIGNALS:
-            if signal.getsignal(number) == signal.SIG_DFL:  # else somebody has other plans for it
-                self._handlers[number] = signal.signal(number, ask)
+        if not self._listening and threading.current_thread() is threading.main_thread():
+            self._listening = True
+            for number in _SIGNALS:
+                if signal.getsignal(number) == signal.SIG_DFL:  # else somebody has other plans for it
+                    signal.signal(number, _ask)
 
     def _stop(self, asked, at):
         if self._begun != self.optimizer.steps:
             self._begin(at)
-        self._asked = 0
+        _Asked.signal = 0
         self.finish()
         if self._grid.rank == 0:
             sys.stderr.write(f"mpiml: {signal.Signals(asked).name}: saved {self._path(self._begun)}; exit status {STOPPED}\n")
@@ -224,18 +234,22 @@ class Checkpoints:
         next_step = steps if isinstance(grid, _Alone) else self.model.steps
         at = _json("values", at)
         grid.same("what is saved", (steps, next_step, at, self._settings))
+        microbatches = 1 if isinstance(grid, _Alone) else self.model.microbatches
+        content = {"format": FORMAT, "step": steps, "next_step": next_step, "seed": int(self._modules()[0].place[0]),
+                   "optimizer": type(self.optimizer).__name__, "settings": self._settings, "at": at,
+                   "grid": {"data": grid.data, "pipe": grid.pipe, "microbatches": microbatches}}
         part = f"{self._path(steps)}.tmp"
         self._first(f"making {part}", self._make, part)
         arrays, rows = grid.together("copying the arrays", self._copies)
         pool = ThreadPoolExecutor(1)
-        self._job = {"steps": steps, "part": part, "rows": rows,
-                     "written": pool.submit(write, os.path.join(part, f"{grid.rank}.safetensors"), arrays),
-                     "content": {"format": FORMAT, "step": steps, "next_step": next_step,
-                                 "optimizer": type(self.optimizer).__name__, "settings": self._settings, "at": at,
-                                 "grid": {"data": grid.data, "pipe": grid.pipe,
-                                          "microbatches": 1 if isinstance(grid, _Alone) else self.model.microbatches}}}
+        written = pool.submit(write, os.path.join(part, f"{grid.rank}.safetensors"), arrays)
         pool.shutdown(wait=False)
+        self._job = {"steps": steps, "part": part, "content": content, "rows": rows, "written": written}
         self._begun, self._last = steps, monotonic()
+
+    def _modules(self):
+        """The layers of this rank, which know the model's seed."""
+        return list(self.model.named(Module).values())
 
     def _vectors(self):
         """{suffix of the names: flat vector} of all that is kept."""
@@ -369,6 +383,8 @@ class Checkpoints:
         for suffix, vector in vectors.items():
             vector[...] = staged[suffix]
         self.model.gradient[...] = 0
+        for module in self._modules():
+            module.place = kept.content["seed"], module.place[1]
         self.optimizer.steps = kept.content["step"]
         if not isinstance(grid, _Alone):
             self.model.steps = kept.content["next_step"]
