@@ -293,10 +293,13 @@ def test_options_are_checked(options, message, tmp_path):
 
 def test_values_are_checked_and_must_agree(folder):
     training = Training(folder, GRID)
-    refused(ValueError, "values of a checkpoint are text, finite numbers", training.checkpoints.save, loss=float("nan"))
+    refused(ValueError, "values of a checkpoint are text, finite numbers", training.checkpoints.save, total=float("nan"))
     if GRID.size > 1:
         refused(RankError, "what is saved must be the same on all ranks", training.checkpoints.save, total=GRID.rank)
     assert not os.path.exists(folder)
+    training.checkpoints.load(epoch=0)
+    for method in training.checkpoints.step, training.checkpoints.save:
+        refused(ValueError, "the values of no name go along, but at first they were epoch: give load, step and save", method)
 
 
 # --- Damage ---------------------------------------------------------------------------------------------------

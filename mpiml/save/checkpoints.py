@@ -31,7 +31,7 @@ from .file import write
 from .weights import misfits, refuse
 
 STOPPED = 75  # EX_TEMPFAIL of <sysexits.h>: not done, start it again
-_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name)]
 _REACTION, _FEWEST = 0.1, 100  # the ranks talk after so many seconds, and after so many steps at the latest
 
 
@@ -117,7 +117,7 @@ class Checkpoints:
         self._grid = _Alone() if self.model.whole() is self.model else self.model.grid
         self._settings = _json("settings", settings or {})
         self._minutes, self._every, self._keep = minutes, every, keep
-        self._loaded = False
+        self._loaded, self._names = False, None  # whether the folder is this training's, and what goes along
         self._job = None  # what is being written
         self._begun, self._last = None, monotonic()  # the step that was saved last, and when
         self._listening = False
@@ -149,9 +149,9 @@ class Checkpoints:
             Some rank could not write. Nothing is left of this checkpoint, earlier ones are untouched, and training may
             go on.
         ValueError
-            The folder holds checkpoints, but none of them was loaded.
+            The folder holds checkpoints, but none of them was loaded; or the values are others than before.
         """
-        self._claim()
+        self._claim(at)
         self._listen()
         due = self._every and self.optimizer.steps % self._every == 0
         self._left -= 1
@@ -167,7 +167,7 @@ class Checkpoints:
 
     def save(self, **at):
         """Save now, and return when the checkpoint is complete. Parameters and errors are those of :meth:`step`."""
-        self._claim()
+        self._claim(at)
         self._begin(at)
         self.finish()
 
@@ -214,8 +214,12 @@ class Checkpoints:
             sys.stderr.flush()
         raise SystemExit(STOPPED)
 
-    def _claim(self):
-        """Refuse to mix with the checkpoints of another training."""
+    def _claim(self, at):
+        """Refuse to mix with the checkpoints of another training, or what load would refuse."""
+        self._names = at.keys() if self._names is None else self._names
+        if at.keys() != self._names:
+            raise ValueError(f"the values {', '.join(at) or 'of no name'} go along, but at first they were "
+                             f"{', '.join(self._names) or 'none'}: give load, step and save the same names")
         if not self._loaded:
             self._first("saving", self._refuse_to_mix)
             self._loaded = True
@@ -367,6 +371,7 @@ class Checkpoints:
         """
         self.finish()
         grid, at = self._grid, _json("values", at)
+        self._names = at.keys()
         grid.same("what is to be loaded", (step, at, self._settings))
         name = self._first("loading", self._find, step)
         if not name:
