@@ -535,6 +535,26 @@ def still_whole(folder, training):
     assert names(folder) == ["latest", "step_1", "step_2"]
 
 
+def broken_sync(path):
+    if path.endswith("run"):
+        raise OSError(5, "Input/output error")
+
+
+def test_a_checkpoint_that_cannot_be_replaced_stays(folder, monkeypatch):
+    training = Training(folder, GRID).step()
+    training.checkpoints.save()
+    saved = training.state()
+    with monkeypatch.context() as patch:
+        patch.setattr("mpiml.save.checkpoints._sync", broken_sync)
+        training.model.vector[...] = 5
+        refused(RankError, "rank 0 failed in writing .*step_1: OSError", training.checkpoints.save)
+    GRID.all(True)
+    assert names(folder) == ["latest", "step_1"]
+    later = Training(folder, GRID)
+    later.checkpoints.load()
+    assert_same(later.state(), saved)
+
+
 @pytest.mark.parametrize("error", [PermissionError(13, "Permission denied"), OSError(28, "No space left on device"),
                                    MemoryError("no memory")])
 def test_one_rank_cannot_write(error, folder, monkeypatch):
@@ -550,7 +570,7 @@ def test_one_rank_cannot_write(error, folder, monkeypatch):
     still_whole(folder, training)
 
 
-@pytest.mark.parametrize("kind", ["manifest", "pointer", "rename", "folder"])
+@pytest.mark.parametrize("kind", ["manifest", "pointer", "rename", "publish", "folder"])
 def test_the_first_rank_cannot_complete_it(kind, folder, monkeypatch):
     training = Training(folder, GRID).step()
     training.checkpoints.save()
@@ -566,6 +586,7 @@ def test_the_first_rank_cannot_complete_it(kind, folder, monkeypatch):
     bad = {"manifest": ("_put", lambda path: path.endswith("manifest.json")),
            "pointer": ("_put", lambda path: path.endswith("latest.tmp")),
            "rename": ("os.replace", lambda path: path.endswith("step_2.tmp")),
+           "publish": ("os.replace", lambda path: path.endswith("latest.tmp")),
            "folder": ("os.mkdir", lambda path: path.endswith("step_2.tmp"))}[kind]
     with monkeypatch.context() as patch:
         patch.setattr(f"mpiml.save.checkpoints.{bad[0]}",

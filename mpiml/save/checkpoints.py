@@ -221,7 +221,7 @@ class Checkpoints:
             raise ValueError(f"the values {', '.join(at) or 'of no name'} go along, but at first they were "
                              f"{', '.join(self._names) or 'none'}: give load, step and save the same names")
         if not self._loaded:
-            self._first("saving", self._refuse_to_mix)
+            self._on_first("saving", self._refuse_to_mix)
             self._loaded = True
 
     def _refuse_to_mix(self):
@@ -229,7 +229,6 @@ class Checkpoints:
         if steps:
             raise ValueError(f"{self.folder} holds checkpoints, up to step {steps[-1]}: call load() to go on from there, or "
                              f"save to another folder")
-        return ""
 
     def _begin(self, at):
         """Copy the arrays, and let a thread write them."""
@@ -243,7 +242,7 @@ class Checkpoints:
                    "optimizer": type(self.optimizer).__name__, "settings": self._settings, "at": at,
                    "grid": {"data": grid.data, "pipe": grid.pipe, "microbatches": microbatches}}
         part = f"{self._path(steps)}.tmp"
-        self._first(f"making {part}", self._make, part)
+        self._on_first(f"making {part}", self._make, part)
         arrays, rows = grid.together("copying the arrays", self._copies)
         pool = ThreadPoolExecutor(1)
         written = pool.submit(write, os.path.join(part, f"{grid.rank}.safetensors"), arrays)
@@ -286,7 +285,6 @@ class Checkpoints:
             if left and entry.is_dir(follow_symlinks=False) and (left[2] == "tmp" or os.path.isdir(self._in(left[1]))):
                 shutil.rmtree(entry.path)
         os.mkdir(part)
-        return ""
 
     def _publish(self):
         """If something is being written: wait for it, and give it its name."""
@@ -297,7 +295,7 @@ class Checkpoints:
         try:
             size, digest = grid.together(f"writing {path}", job["written"].result)
             reports = grid.texts(json.dumps([size, digest, job["rows"]]))
-            self._first(f"writing {path}", self._name, job, [json.loads(text) for text in reports])
+            self._on_first(f"writing {path}", self._name, job, [json.loads(text) for text in reports])
         except Exception:
             if grid.rank == 0:
                 shutil.rmtree(job["part"], ignore_errors=True)
@@ -318,23 +316,26 @@ class Checkpoints:
                                         f"system that all nodes share")
             for name, (start, stop) in rows.items():
                 content["arrays"][name]["rows"].append([f"{rank}.safetensors", start, stop])
-        pointer = self._in("latest")
+        pointer, old = self._in("latest"), f"{path}.old"
         try:
             _put(os.path.join(part, MANIFEST), seal(content))
             _sync(part)
             _put(f"{pointer}.tmp", f"{os.path.basename(path)}\n".encode())
             if os.path.isdir(path):
-                os.replace(path, f"{path}.old")  # where load looks for it, should this be the end
+                os.replace(path, old)  # where load looks for it, should this be the end
             os.replace(part, path)
             _sync(self.folder)
             os.replace(f"{pointer}.tmp", pointer)
         except OSError:
+            if not os.path.isdir(part):
+                os.replace(path, part)
+            if os.path.isdir(old) and not os.path.isdir(path):
+                os.replace(old, path)
             if os.path.exists(f"{pointer}.tmp"):
                 os.remove(f"{pointer}.tmp")
             raise
         _sync(self.folder)
         self._prune(job["steps"])
-        return ""
 
     def _prune(self, newest):
         shutil.rmtree(f"{self._path(newest)}.old", ignore_errors=True)
@@ -479,9 +480,13 @@ class Checkpoints:
             return []
         return sorted({_number(name) for name in names if re.fullmatch(r"step_\d+(\.old)?", name)})
 
+    def _on_first(self, what, function, *args):
+        """What ``function`` returns on rank 0, and nothing on the others, who raise its error too."""
+        return self._grid.together(what, (lambda *_: "") if self._grid.rank else function, *args)
+
     def _first(self, what, function, *args):
         """The text that ``function`` returns on rank 0, on all ranks."""
-        return self._grid.texts(self._grid.together(what, (lambda *_: "") if self._grid.rank else function, *args))[0]
+        return self._grid.texts(self._on_first(what, function, *args))[0]
 
 
 def _number(name):
