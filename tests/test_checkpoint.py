@@ -792,10 +792,12 @@ def test_this_suite_on_several_ranks():
 
 @pytest.mark.launch
 def test_signals_to_mpirun(tmp_path):
-    for ranks, name in (3, "SIGUSR1"), (2, "SIGTERM"):
+    patient = "Open MPI" not in MPI.Get_library_version()  # which kills its ranks half a second after SIGTERM
+    for ranks, name in (3, "SIGUSR1"), (2, "SIGTERM" if patient else "SIGUSR1"):
         run = mpirun(ranks, "tests/stopped.py", str(tmp_path / "run"), name, timeout=60)
         assert run.code == STOPPED, run.out + run.err
-        assert re.fullmatch(rf"mpiml: {name}: saved .*/run/step_\d+; exit status 75\n", run.err), run.err
+        assert re.search(rf"^mpiml: {name}: saved .*/run/step_\d+; exit status 75$", run.err, re.M), run.err
+        assert "failed" not in run.err and "Traceback" not in run.err
         assert not run.left
     assert re.search(r"goes on after \d\d+ steps", run.out), run.out
 
