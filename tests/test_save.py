@@ -94,6 +94,23 @@ def test_a_parameter_without_axes(tmp_path):
     assert save.load(model, tmp_path / "weights").vector == [3]
 
 
+def test_arrays_of_any_kind_and_layout(tmp_path):
+    arrays = {"odd": np.arange(3, dtype=np.int8), "wide": np.arange(6.0).reshape(2, 3).T, "flag": np.array([True, False]),
+              "big": np.arange(4, dtype=">f4"), "half": np.float16([1, 2]), "pairs": np.array([1j], np.complex64),
+              "none": np.zeros((0, 3)), "every other": np.arange(10)[::2], "number": np.array(3.0, np.float32)}
+    save.save(arrays, tmp_path / "arrays")
+    found = safetensors.load_file(tmp_path / "arrays")
+    assert found.keys() == arrays.keys()
+    for name, array in arrays.items():
+        np.testing.assert_array_equal(found[name], array)
+        assert found[name].dtype == array.dtype.newbyteorder("=") and found[name].shape == array.shape
+    header = json.loads((tmp_path / "arrays").read_bytes()[8:].partition(b"}}")[0] + b"}}")
+    assert all(header[name]["data_offsets"][0] % array.itemsize == 0 for name, array in arrays.items())
+    with pytest.raises(TypeError, match=r"names is an array of <U2, which a safetensors file cannot hold: convert it"):
+        save.save({"names": np.array(["ab"])}, tmp_path / "names")
+    assert os.listdir(tmp_path) == ["arrays"]
+
+
 # --- PyTorch --------------------------------------------------------------------------------------------------
 
 def test_pytorch_takes_our_file(tmp_path):
