@@ -32,7 +32,7 @@ from .weights import misfits, refuse
 
 STOPPED = 75  # EX_TEMPFAIL of <sysexits.h>: not done, start it again
 _SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name)]
-_REACTION, _FEWEST = 0.1, 100  # the ranks talk after so many seconds, and after so many steps at the latest
+_SECONDS, _STEPS = 0.1, 100  # the ranks talk after so much time, and after so many steps at the latest
 
 
 class _Asked:
@@ -190,8 +190,8 @@ class Checkpoints:
         """The ranks agree whether one was asked to stop, one is still writing, and it is time to save."""
         now = monotonic()
         late = self._minutes is not None and now - self._last >= 60 * self._minutes
-        reach = int(self._pace * _REACTION / max(now - self._talked, 1e-6))
-        pace = 0 if self._grid.rank else max(1, min(reach, 2 * self._pace, _FEWEST))
+        reach = int(self._pace * _SECONDS / max(now - self._talked, 1e-6))
+        pace = 0 if self._grid.rank else max(1, min(reach, 2 * self._pace, _STEPS))
         writing = self._job is not None and not self._job["written"].done()
         asked, writing, late, self._pace = self._grid.maximum(_Asked.signal, writing, late, pace)
         self._left, self._talked = self._pace, monotonic()
@@ -279,7 +279,9 @@ class Checkpoints:
 
     def _make(self, part):
         """An empty folder ``part``; what a killed job has left is swept away."""
-        os.makedirs(self.folder, exist_ok=True)
+        if not os.path.isdir(self.folder):
+            os.makedirs(self.folder)
+            _sync(os.path.dirname(os.path.abspath(self.folder)))
         for entry in os.scandir(self.folder):
             left = re.fullmatch(r"(step_\d+)\.(tmp|old)", entry.name)
             if left and entry.is_dir(follow_symlinks=False) and (left[2] == "tmp" or os.path.isdir(self._in(left[1]))):
@@ -349,7 +351,8 @@ class Checkpoints:
     def load(self, step=None, **at):
         """Fill model and optimizer from the newest checkpoint, if there is one.
 
-        Everything is read and verified before anything is changed. Call it last, when the model, the optimizer and the
+        Everything is read and verified before anything is changed, which takes the memory of a second copy and of the
+        largest file. Call it last, when the model, the optimizer and the
         step function are there; steps that were taken before (to load the kernels, say) then leave no trace.
 
         Parameters
