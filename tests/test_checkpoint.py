@@ -636,6 +636,20 @@ def test_a_full_disk(tmp_path):
         subprocess.run(["umount", str(disk)], check=True)
 
 
+@alone
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="needs /proc to see which file is meant")
+def test_names_appear_when_what_they_name_is_on_the_disk(tmp_path, monkeypatch):
+    training, events, replace = Training(tmp_path / "run").step(), [], os.replace
+    monkeypatch.setattr(os, "fsync", lambda file: events.append(os.readlink(f"/proc/self/fd/{file}")))
+    monkeypatch.setattr(os, "replace", lambda source, target: events.append(f"-> {target}") or replace(source, target))
+    training.checkpoints.save()
+    run = str(tmp_path / "run")
+    first = {str(tmp_path), f"{run}/step_1.tmp/0.safetensors"}  # by two threads
+    assert set(events[:2]) == first and events[2:] == [
+        f"{run}/step_1.tmp/manifest.json", f"{run}/step_1.tmp", f"{run}/latest.tmp", f"-> {run}/step_1", run,
+        f"-> {run}/latest", run]
+
+
 class PowerCut(BaseException):
     """Nobody tidies up after it."""
 
@@ -705,13 +719,14 @@ def test_training_goes_on_while_a_thread_writes(folder, monkeypatch):
 
     monkeypatch.setattr(checkpoints, "write", patient)
     training.checkpoints.step()
-    training.step()
-    training.checkpoints.step()  # waits for no writer
+    training.checkpoints._every = None
+    for _ in range(9):
+        training.step()
+        training.checkpoints.step()  # waits for no writer
     assert not os.path.exists(f"{folder}/latest")
     GRID.all(True)
     go.set()
     limit = time.perf_counter() + 60
-    training.checkpoints._every = None
     while not GRID.all(os.path.exists(f"{folder}/latest")):  # one of the next steps completes it
         training.step()
         training.checkpoints.step()
