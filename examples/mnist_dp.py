@@ -2,6 +2,7 @@
 
     mpirun -n 8 python examples/mnist_dp.py
     mpirun -n 8 python examples/mnist_dp.py --model cnn --epochs 3 --data FOLDER
+    mpirun -n 8 python examples/mnist_dp.py --checkpoint FOLDER --resume    # goes on where it was stopped
 """
 
 import argparse

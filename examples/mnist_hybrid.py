@@ -3,6 +3,7 @@
     mpirun -n 4 python examples/mnist_hybrid.py                       # 4 stages
     mpirun -n 8 python examples/mnist_hybrid.py --pipe 4              # 2 replicas of 4 stages
     mpirun -n 2 python examples/mnist_hybrid.py --model cnn --schedule zb_h1 --draw timeline.svg --trace trace.json
+    mpirun -n 4 python examples/mnist_hybrid.py --checkpoint FOLDER --resume    # goes on where it was stopped
 """
 
 import argparse
