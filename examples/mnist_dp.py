@@ -6,6 +6,7 @@
 """
 
 import argparse
+from hashlib import sha256
 from pathlib import Path
 from time import perf_counter
 
@@ -24,6 +25,7 @@ parser.add_argument("--model", choices=["mlp", "cnn"], default="mlp")
 parser.add_argument("--data", metavar="FOLDER", help="with the MNIST IDX files; default: $MPIML_DATA, cache, download")
 parser.add_argument("--seed", type=int, default=0)
 parser.add_argument("--dtype", choices=["float32", "float64"], default="float32")
+parser.add_argument("--lanes", type=int, help="pieces of each batch: with them, the same bits on any number of ranks")
 parser.add_argument("--save", metavar="FILE", help="write the weights to this safetensors file at the end")
 parser.add_argument("--checkpoint", metavar="FOLDER", help="keep checkpoints in this folder")
 parser.add_argument("--every", type=int, metavar="STEPS", help="steps from one checkpoint to the next (default: 10 minutes)")
@@ -49,7 +51,7 @@ def cnn(height, width):
         Flatten(), Linear(32 * (height // 4) * (width // 4), 64), relu, Linear(64, 10))
 
 
-grid = Grid()
+grid = Grid(lanes=args.lanes)
 (x, y), (x_test, y_test) = mnist(args.data, grid)
 in_epoch = len(batches(x, y, args.batch, grid=grid))
 steps = args.epochs * in_epoch
@@ -70,11 +72,12 @@ def say(text):
 
 
 say(f"{len(x)} digits, {args.model} of {len(model.vector)} parameters, {grid.size} ranks, batch {args.batch}")
-step(prepare(x[:grid.size]), y[:grid.size])  # loads or compiles the kernels, which is not training's time
+# Loads or compiles the kernels, which is not training's time.
+step(*next(iter(batches(x, y, args.batch, grid=grid, transform=prepare))))
 total, training = 0.0, 0.0
 if args.checkpoint:
     from mpiml.save import Checkpoints
-    settings = {"model": args.model, "batch": args.batch, "seed": args.seed}
+    settings = {"model": args.model, "batch": args.batch, "seed": args.seed, "lanes": args.lanes}
     checkpoints = Checkpoints(args.checkpoint, optimizer, settings, every=args.every)
     if args.resume is not None:
         total = checkpoints.load(args.resume or None, total=total)["total"]
@@ -102,6 +105,8 @@ if first >= steps:
 if args.checkpoint:
     checkpoints.save(total=total)
 
+if args.lanes:
+    say(f"weights {sha256(model.vector).hexdigest()}")
 times = watch.report(grid)
 if args.save and grid.rank == 0:
     from mpiml.save import save

@@ -17,6 +17,7 @@ Sequential of 23 parameters: 0.weight (3, 4), 0.bias (3,), 2.weight (2, 3), 2.bi
 """
 
 import itertools
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -105,6 +106,8 @@ class Module:
         all-reduce sums everything a step needs.
     learnt : int
         Number of learnt parameters, the length of the first part of ``vector``.
+    segments : (n + 1,) int64 array
+        Where each of the n learnt :class:`Parameter` objects begins in the vector, and where the last one ends.
     """
 
     def children(self):
@@ -148,7 +151,9 @@ class Module:
         if dtype not in FLOATS:
             raise TypeError(f"parameters are float32 or float64, not {dtype}")
         self._layout = self.layout()
-        self.learnt = sum(p.size for p in self._layout.values() if not isinstance(p, Statistic))
+        learnt = [p.size for p in self._layout.values() if not isinstance(p, Statistic)]
+        self.segments = np.cumsum([0, *learnt], dtype=np.int64)
+        self.learnt = sum(learnt)
         size = sum(p.size for p in self._layout.values())
         self.vector = np.empty(size, dtype)
         for name, value in self.views(self.vector).items():
@@ -180,9 +185,9 @@ class Module:
         """The model that this is all of; a part of a model that lies on several ranks has another."""
         return self
 
-    def joint_norm(self, norm):
-        """The norm of a vector over all parameters of the model, of which ``norm`` covers those held here: all."""
-        return norm
+    def joint_norm(self, norms):
+        """The norm of a vector over the whole model, given the norms of those parameters of it that are held here."""
+        return math.hypot(*sorted(norms))  # sorted, so that no order of the parameters shows
 
     def absorb_statistics(self):
         """Move the running statistics by what the last steps measured; optimizers call it at the end of a step."""

@@ -8,6 +8,7 @@ sets it to zero. A learning rate is a number or a schedule: a function of the st
 [0.01, 0.1, 0.1, 0.05, 0.0]
 """
 
+import itertools
 import math
 
 import numpy as np
@@ -54,7 +55,9 @@ def clip_norm(model, max_norm):
     """
     _require(max_norm > 0, "clip_norm needs max_norm > 0", max_norm)
     gradient = model.gradient[:model.learnt]
-    norm = model.joint_norm(k.norm(gradient))
+    gradient = model.gradient[:model.learnt]
+    # A norm for each parameter first, so that the result does not depend on where the model is cut.
+    norm = model.joint_norm([k.norm(gradient[start:stop]) for start, stop in itertools.pairwise(model.segments)])
     if norm > max_norm:
         k.scale(gradient, gradient.dtype.type(max_norm / norm))
     return norm
@@ -93,11 +96,9 @@ class Optimizer:
         self.steps += 1
 
 
-def _segments(model, adapt_vectors):
-    """Where the learnt parameters begin in the model's vector, with the end of the last, and which have their own rate."""
-    shapes = [p.shape for p in model.layout().values() if not isinstance(p, Statistic)]
-    bounds = np.cumsum([0, *(math.prod(shape) for shape in shapes)], dtype=np.int64)
-    return bounds, np.array([adapt_vectors or len(shape) > 1 for shape in shapes], bool)
+def _adapt(model, adapt_vectors):
+    """Which parameters have their own rate."""
+    return np.array([adapt_vectors or len(p.shape) > 1 for p in model.layout().values() if not isinstance(p, Statistic)], bool)
 
 
 def _scalars(vector, *values):
@@ -182,7 +183,7 @@ class LARS(Optimizer):
         _require(trust > 0, "LARS needs trust > 0", trust)
         _require(eps >= 0, "LARS needs eps >= 0", eps)
         self.momentum, self.weight_decay, self.trust, self.eps = momentum, weight_decay, trust, eps
-        self.bounds, self.adapt = _segments(model, adapt_vectors)
+        self.bounds, self.adapt = model.segments, _adapt(model, adapt_vectors)
         self.velocity = self._moments()
 
     def update(self, vector, gradient, lr):
@@ -199,7 +200,7 @@ class LAMB(Adam):
 
     def __init__(self, model, lr=1e-3, betas=(0.9, 0.999), eps=1e-6, weight_decay=0.01, adapt_vectors=False):
         super().__init__(model, lr, betas, eps, weight_decay)
-        self.bounds, self.adapt = _segments(model, adapt_vectors)
+        self.bounds, self.adapt = model.segments, _adapt(model, adapt_vectors)
 
     def update(self, vector, gradient, lr):
         t = self.steps + 1

@@ -25,9 +25,9 @@ class Run(NamedTuple):
     left: list  # processes of the job that were still alive two seconds later
 
 
-def launcher():
+def launcher(python=sys.executable):
     """The mpirun of this Python's environment, else the one on the PATH."""
-    beside = Path(sys.executable).parent / "mpirun"
+    beside = Path(python).parent / "mpirun"
     return str(beside) if beside.exists() else shutil.which("mpirun") or "mpirun"
 
 
@@ -37,10 +37,10 @@ def environment(**more):
     return clean | OPEN_MPI | more
 
 
-def mpirun(ranks, *command, timeout=120, env=None):
+def mpirun(ranks, *command, timeout=120, env=None, python=sys.executable):
     """Run ``python *command`` on ``ranks`` ranks; after ``timeout`` seconds all its processes are killed."""
     token = uuid.uuid4().hex
-    job = subprocess.Popen([launcher(), "-n", str(ranks), sys.executable, *command], cwd=ROOT, text=True,
+    job = subprocess.Popen([launcher(python), "-n", str(ranks), python, *command], cwd=ROOT, text=True,
                            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                            start_new_session=True, env=(env or environment()) | {"MPIML_TEST_JOB": token})
     try:

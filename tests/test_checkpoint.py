@@ -55,7 +55,7 @@ class Training:
         self.model = place(model(), grid, seed) if grid else model().init(seed)
         self.optimizer = optimizer(self.model, lr=0.01)
         self.checkpoints = Checkpoints(folder, self.optimizer, settings, **({"minutes": None} | options))
-        self.gradient = gradient(self.model, cross_entropy, grid, 2) if grid else self.alone
+        self.gradient = gradient(self.model, cross_entropy, grid, None if grid.lanes else 2) if grid else self.alone
 
     def alone(self, x, y):
         loss = cross_entropy(self.model(x, training=Step(self.optimizer.steps)), y) / len(y)
@@ -63,7 +63,8 @@ class Training:
         return float(loss.value)
 
     def step(self, times=1):
-        start, stop = share(len(X), self.grid.replica, self.grid.data, 4) if self.grid else (0, len(X))
+        grid = self.grid
+        start, stop = share(len(X), grid.replica, grid.data, 2, grid.lanes) if grid else (0, len(X))
         for _ in range(times):
             self.gradient(X[start:stop], Y[start:stop])
             self.optimizer.step()
@@ -136,6 +137,17 @@ def test_training_on_a_grid_goes_on_with_the_same_bits(pipe, folder):
     assert len(set(GRID.texts(str(later.model.steps)))) == 1
 
 
+@pytest.mark.parametrize("pipe", SHAPES)
+def test_with_lanes_training_goes_on_with_the_same_bits_on_another_grid(pipe, folder):
+    first = Training(folder, Grid(pipe=pipe, lanes=8)).step(2)
+    first.checkpoints.save()
+    other = Training(folder, Grid(comm=MPI.COMM_SELF, lanes=8), seed=8).step()
+    other.checkpoints.load()
+    first, other = first.step(2).arrays(), other.step(2).arrays()
+    for name, array in first.items():
+        np.testing.assert_array_equal(array, other[name], err_msg=name)
+
+
 @pytest.mark.parametrize("saved", SHAPES)
 def test_a_checkpoint_loads_on_any_grid(saved, folder):
     first = Training(folder, Grid(pipe=saved), settings={"batch": 16}).step(2)
@@ -166,7 +178,7 @@ def test_every_number_is_written_once_and_readable_without_mpiml(pipe, folder):
     if pipe == 1:
         assert max(sizes) - min(sizes) <= 3 * 2 * 144  # a row more or less
     manifest = json.loads(text(f"{folder}/step_1/manifest.json"))
-    assert manifest["grid"] == {"data": GRID.size // pipe, "pipe": pipe, "microbatches": 2}
+    assert manifest["grid"] == {"data": GRID.size // pipe, "pipe": pipe, "microbatches": 2, "lanes": None}
     rows = [(int(file.split(".")[0]), start, stop) for file, start, stop in manifest["arrays"]["5.weight/mean"]["rows"]]
     mean = np.concatenate([files[rank]["5.weight/mean"] for rank, _, _ in rows])
     assert [(stop, start) for (_, _, stop), (_, start, _) in pairwise(rows)] == [(stop, stop) for _, _, stop in rows[:-1]]

@@ -19,13 +19,14 @@ ALLOWED = {
     "tensor.py": ({"kernels"}, {"numpy"}),
     "ops": ({"kernels", "ops", "tensor"}, {"numpy"}),
     "nn.py": ({"ops", "random", "tensor"}, {"numpy"}),
+    "lanes.py": ({"data", "kernels", "nn"}, {"numpy"}),
     "optim.py": ({"kernels", "nn"}, {"numpy"}),
     "metrics.py": (set(), {"numpy"}),
     "data": ({"data", "random"}, {"numpy", "pooch", "requests"}),
     "save": ({"data", "nn", "save"}, {"numpy", "safetensors"}),
     "schedule": ({"schedule"}, {"matplotlib", "numpy"}),
     "__main__.py": ({"kernels", "schedule"}, set()),
-    "parallel": ({"cores", "data", "kernels", "nn", "parallel", "schedule", "tensor"},
+    "parallel": ({"cores", "data", "kernels", "lanes", "nn", "parallel", "schedule", "tensor"},
                  {"llvmlite", "mpi4py", "numba", "numpy", "tqdm"}),
 }
 FILES = sorted(PACKAGE.rglob("*.py"))

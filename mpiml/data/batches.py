@@ -5,18 +5,23 @@ import numpy as np
 from mpiml.random import generator
 
 
-def share(n, rank, ranks, multiple=1):
+def share(n, rank, ranks, multiple=1, lanes=None):
     """(start, stop) of the contiguous run of ``n`` items that falls to ``rank``; sizes differ by one at most.
 
-    With ``multiple``, every run starts at a multiple of it and sizes differ by one multiple at most.
+    With ``multiple``, every run starts at a multiple of it and sizes differ by one multiple at most. With ``lanes``, the
+    items are first cut into this many runs, of which each rank gets some.
 
     >>> [share(10, rank, 4) for rank in range(4)]
     [(0, 2), (2, 5), (5, 7), (7, 10)]
     >>> [share(10, rank, 2, multiple=4) for rank in range(2)]
     [(0, 4), (4, 10)]
+    >>> [share(12, rank, 3, lanes=4) for rank in range(3)]
+    [(0, 3), (3, 6), (6, 12)]
     """
+    lanes = lanes or ranks
     units = -(-n // multiple)
-    return min(n, units * rank // ranks * multiple), min(n, units * (rank + 1) // ranks * multiple)
+    first, stop = lanes * rank // ranks, lanes * (rank + 1) // ranks
+    return min(n, units * first // lanes * multiple), min(n, units * stop // lanes * multiple)
 
 
 class batches:
@@ -36,7 +41,7 @@ class batches:
     shuffle : bool
         False keeps the order of the data.
     grid : mpiml.parallel.Grid, optional
-        The ranks that share each batch; without it there is one.
+        The ranks that share each batch, and its lanes; without it there is one rank.
     multiple : int
         Each share starts at a multiple of this many samples, see :class:`mpiml.nn.BatchNorm2d`.
     transform : function of an array, optional
@@ -76,7 +81,7 @@ class batches:
             raise ValueError(f"a batch of {size} cannot be shared by {ranks} ranks in multiples of {multiple}: use a "
                              f"size of {ranks * multiple} at least, or fewer ranks")
         self.x, self.y, self.size, self.transform = x, y, size, transform
-        self.rank, self.ranks, self.multiple = rank, ranks, multiple
+        self.rank, self.ranks, self.multiple, self.lanes = rank, ranks, multiple, grid.lanes if grid else None
         if not isinstance(start, (int, np.integer)) or not 0 <= start * size < len(x):
             raise ValueError(f"start is the number of a batch, from 0 to {-(-len(x) // size) - 1}, not {start!r}")
         self.start = start
@@ -88,7 +93,7 @@ class batches:
     def __iter__(self):
         for begin in range(self.start * self.size, len(self.x), self.size):
             batch = self.order[begin:begin + self.size]
-            start, stop = share(len(batch), self.rank, self.ranks, self.multiple)
+            start, stop = share(len(batch), self.rank, self.ranks, self.multiple, self.lanes)
             mine = batch[start:stop]
             x = self.x[mine]
             yield (self.transform(x) if self.transform else x), self.y[mine]

@@ -9,13 +9,14 @@ from mpi4py import MPI
 
 from mpiml import kernels as k
 from mpiml.data.batches import share
+from mpiml.lanes import Leaves, samples_together
 from mpiml.nn import BatchNorm2d, Dropout
 from mpiml.schedule import ScheduleError, orders, owners, simulate
 
 from .grid import RankError
 from .interpreter import Interpreter
 from .place import Part
-from .sum import summation
+from .sum import held, summation
 
 
 def gradient(model, loss, grid, microbatches=None, *, recompute=False, watch=None, first_step=None):
@@ -37,7 +38,7 @@ def gradient(model, loss, grid, microbatches=None, *, recompute=False, watch=Non
         The one that the model was placed on.
     microbatches : int, optional
         Micro-batches for each replica in a step; by default 2 for each stage, or 1 without a pipeline. A share of fewer
-        samples gives fewer.
+        samples gives fewer. On a grid with lanes, a replica's lanes are its micro-batches.
     recompute : bool or collection of int
         True, or the stages that keep only their chunks' inputs from the forward to the backward pass and compute the rest
         anew: a forward pass more, and the memory of all activations but of one micro-batch less.
@@ -70,49 +71,64 @@ def gradient(model, loss, grid, microbatches=None, *, recompute=False, watch=Non
         raise RuntimeError("gradient takes what place(model, grid) returned: call place(model, grid) before gradient(...)")
     if model.grid is not grid:
         raise ValueError(f"the model was placed on {model.grid}, but gradient is to run on {grid}: use one Grid for both")
-    microbatches = (1 if grid.pipe == 1 else 2 * grid.pipe) if microbatches is None else microbatches
+    if grid.lanes and microbatches is not None:
+        raise ValueError(f"a grid with lanes has those as its micro-batches, here {grid.lanes}: leave out "
+                         f"microbatches={microbatches}")
+    lanes = range(*held(grid, grid.replica)) if grid.lanes else None
+    if microbatches is None:
+        microbatches = len(lanes) if lanes else 1 if grid.pipe == 1 else 2 * grid.pipe
     if not isinstance(microbatches, (int, np.integer)) or microbatches < 1:
         raise ValueError(f"microbatches is a whole number above 0, not {microbatches!r}")
-    norms = list(model.whole().named(BatchNorm2d).values())
-    multiple = math.lcm(*(norm.samples or 1 for norm in norms))
-    pieces = grid.data * microbatches
-    if pieces > 1 and any(norm.samples is None for norm in norms):
-        raise ValueError(f"BatchNorm2d takes its statistics over the whole batch, which is spread over {grid.data} ranks and "
-                         f"{microbatches} micro-batches: give it samples=, a number of samples that each piece can hold, or "
-                         f"use GroupNorm")
-    simulate(model.schedule, grid.pipe, microbatches)  # refuses a schedule that would hang
-    lists = orders(model.schedule, grid.pipe, microbatches)
-    if owners(lists) != model.owner:
-        raise ScheduleError(f"with {microbatches} micro-batches the schedule has the chunks on the stages {owners(lists)}, but "
-                            f"when the model was placed they were on {model.owner}: a chunk stays where it is")
-    grid.same("the schedule and the number of micro-batches", lists)
+    multiple = samples_together(model.whole(), grid.lanes or grid.data * microbatches)
+    spans = [held(grid, replica) for replica in range(grid.data)] if lanes else [(0, microbatches)]
+    counts = {stop - start for start, stop in spans}
+    for count in counts:
+        simulate(model.schedule, grid.pipe, count)  # refuses a schedule that would hang
+        owner = owners(orders(model.schedule, grid.pipe, count))
+        if owner != model.owner:
+            raise ScheduleError(f"with {count} micro-batches the schedule has the chunks on the stages {owner}, but when the "
+                                f"model was placed they were on {model.owner}: a chunk stays where it is")
+    grid.same("the schedule and the number of micro-batches",
+              [grid.lanes, *(orders(model.schedule, grid.pipe, count) for count in sorted(counts))])
     recomputed = recompute if isinstance(recompute, bool) else grid.stage in recompute
     _same_weights(model, grid)
 
-    mine = lists[grid.stage]
+    mine = model.schedule(grid.stage, grid.pipe, microbatches)
     interpreter = Interpreter(model, loss, recomputed, watch)
     model.steps, model.microbatches = model.steps if first_step is None else first_step, microbatches
     total = summation(grid, len(model.sums), model.sums.dtype)
-    model.accumulate_in(total.vector)
-    sums = model.sums
-    # Only these layers depend on where a share lies in the batch; without them nobody needs to ask.
-    positioned = bool(norms or model.whole().named(Dropout))
+    sums = total.rows[0]
+    model.accumulate_in(sums)
+    leaves = Leaves(model, total.rows, lanes, grid.lanes) if lanes else None
+    # Only these depend on where a share lies in the batch; without them nobody needs to ask.
+    positioned = bool(lanes or model.whole().named((BatchNorm2d, Dropout)))
 
     def step(x, y):
         number, first, model.steps = model.steps, 0, model.steps + 1
         if len(x) != len(y):
             raise ValueError(f"x has {len(x)} samples but y has {len(y)}")
+        parts = [share(len(x), m, microbatches, multiple) for m in range(microbatches)]
         if positioned:
-            first = _first(grid, len(x), multiple)
+            first, batch = _position(grid, len(x), multiple)
+            if lanes:
+                bounds = [share(batch, lane, grid.lanes, multiple) for lane in lanes]
+                parts = [(start - first, stop - first) for start, stop in bounds]
         if model.sums is not sums:  # another step, for another loss, say, was made or used since
             model.accumulate_in(sums)
-        sums[:] = 0
-        parts = [share(len(x), m, microbatches, multiple) for m in range(microbatches)]
         actions = mine
-        if len(x) < microbatches * multiple:  # some may be empty, and are left out by all stages alike
+        if len(x) < microbatches * multiple or lanes:  # some may be empty, and are left out by all stages alike
             actions = [a for a in mine if parts[a.microbatch][0] < parts[a.microbatch][1]]
-        local = interpreter.run(actions, x, y, parts, number, first)
-        sums[-2:] = local, len(x)
+        if lanes:
+            leaves.clear()
+            for m, (start, stop) in enumerate(parts):
+                if start == stop:
+                    leaves.close(m)
+            local = interpreter.run(actions, x, y, parts, number, first, leaves)
+            leaves.finish()
+        else:
+            sums[:] = 0
+            local = interpreter.run(actions, x, y, parts, number, first)
+            sums[-2:] = local, len(x)
         ready = perf_counter()
         total()
         if watch:
@@ -150,17 +166,26 @@ def _over_stages(grid, *values):
     return values.tolist()
 
 
-def _first(grid, samples, multiple):
-    """Number of the first sample of this replica's share in the global batch, which must suit the normalisations."""
+def _position(grid, samples, multiple):
+    """First sample of this replica's share in the global batch, and the samples in that; they must suit the model."""
     sizes = np.empty(grid.data, np.int64)
     grid.replicas.Allgather(np.array([samples], np.int64), sizes)
     starts = np.cumsum(sizes) - sizes
+    batch = int(sizes.sum())
     odd = np.flatnonzero(starts % multiple * sizes).tolist()
     if odd:
         ranks = [replica + grid.data * grid.stage for replica in odd]
         raise RankError(f"rank {ranks[0]}'s share starts at sample {starts[odd[0]]} of the batch, which is not a multiple "
                         f"of BatchNorm2d's samples={multiple}: use batches(..., multiple={multiple})", ranks)
-    return int(starts[grid.replica])
+    if grid.lanes:
+        due = [stop - start for start, stop in
+               (share(batch, replica, grid.data, multiple, grid.lanes) for replica in range(grid.data))]
+        odd = [replica for replica in range(grid.data) if sizes[replica] != due[replica]]
+        if odd:
+            ranks = [replica + grid.data * grid.stage for replica in odd]
+            raise RankError(f"rank {ranks[0]} has {sizes[odd[0]]} samples of a batch of {batch}, but its lanes have "
+                            f"{due[odd[0]]}: use batches(..., grid=grid), with the grid that has the lanes", ranks)
+    return int(starts[grid.replica]), batch
 
 
 def _explain(grid, model, number, x, y, local, total, count):

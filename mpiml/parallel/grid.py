@@ -34,6 +34,9 @@ class Grid:
         Number of stages that a model is cut into; 1 is data parallelism.
     comm : mpi4py.MPI.Comm, optional
         ``MPI.COMM_WORLD`` by default.
+    lanes : int, optional
+        Cut each global batch into this many lanes, whatever the number of ranks: with equal lanes, training gives the same
+        bits on any grid, see :mod:`mpiml.lanes`.
 
     Attributes
     ----------
@@ -43,20 +46,26 @@ class Grid:
         This rank's replica of the model and the number of replicas.
     stage, pipe : int
         This rank's stage of the pipeline and the number of stages.
+    lanes : int or None
 
     Raises
     ------
     ValueError
-        The grid does not fit the number of processes; the message lists those that do.
+        The grid does not fit the number of processes, and the message lists those that do; or there are fewer lanes than
+        replicas.
     RuntimeError
         The launcher belongs to another MPI than the one that was loaded: every process would train alone.
     """
 
-    def __init__(self, data=None, pipe=1, comm=None):
+    def __init__(self, data=None, pipe=1, comm=None, lanes=None):
         if comm is None:
             comm = MPI.COMM_WORLD
             _check_launcher(comm.size)
         self.data, self.pipe = _factors(data, pipe, comm.size)
+        if lanes is not None and (not isinstance(lanes, (int, np.integer)) or lanes < self.data):
+            raise ValueError(f"lanes is a whole number of pieces of a batch, one at least for each of the {self.data} "
+                             f"replicas, not {lanes!r}")
+        self.lanes = lanes
         self.comm = comm.Dup()
         self.rank, self.size = comm.rank, comm.size
         self.stage, self.replica = divmod(self.rank, self.data)

@@ -1,6 +1,7 @@
 """Running this stage's list of a schedule: the one place where forward and backward passes meet messages."""
 
-from collections import deque
+import math
+from collections import Counter, deque
 from time import perf_counter
 from typing import ClassVar, NamedTuple
 
@@ -36,7 +37,7 @@ class Interpreter:
         self.part, self.loss, self.recompute, self.watch = part, loss, recompute, watch
         self.last = len(part.bounds) - 1
 
-    def run(self, actions, x, y, parts, number, first):
+    def run(self, actions, x, y, parts, number, first, leaves=None):
         """Compute the loss and accumulate the gradients of all micro-batches.
 
         Parameters
@@ -48,6 +49,8 @@ class Interpreter:
             First sample of each micro-batch in them, and the one behind its last.
         number, first : int
             The step, and the first sample's place in the global batch.
+        leaves : mpiml.lanes.Leaves, optional
+            Keeps the gradients of the micro-batches apart, as those of its lanes; without it they are added up.
 
         Returns
         -------
@@ -57,7 +60,8 @@ class Interpreter:
         link, watch = self.part.link, self.watch
         self.x, self.y, self.parts, self.number, self.first = x, y, parts, number, first
         self.split = {(a.microbatch, a.chunk) for a in actions if isinstance(a, W)}
-        self.live, self.later, self.total = {}, {}, 0.0
+        self.live, self.later, self.losses = {}, {}, {}
+        unfinished = Counter(a.microbatch for a in actions if not isinstance(a, F))
         coming = iter([message for message in map(self._awaits, actions) if message and link.remote(message)])
         ahead = next(coming, None)
         if ahead:
@@ -72,8 +76,14 @@ class Interpreter:
                     if ahead:
                         link.post(ahead)
             arrived = perf_counter()
+            m = action.microbatch
+            if leaves and not isinstance(action, F):
+                leaves.at(m)
+                unfinished[m] -= 1
             # Each in a function of its own, whose variables keep nothing alive when it is done.
-            message = self._steps[type(action)](self, action.microbatch, action.chunk, *received)
+            message = self._steps[type(action)](self, m, action.chunk, *received)
+            if leaves and not isinstance(action, F) and not unfinished[m]:
+                leaves.close(m, self.losses.get(m, 0.0), parts[m][1] - parts[m][0])
             done = perf_counter()
             if message:
                 link.deliver(*message)
@@ -85,7 +95,7 @@ class Interpreter:
         if watch:
             watch.wait(perf_counter() - begin)
         self.x = self.y = None
-        return self.total
+        return math.fsum(self.losses.values())
 
     def _awaits(self, action):
         """The message that an action needs, or None."""
@@ -111,7 +121,7 @@ class Interpreter:
         self.live[m, c] = _Live(input, None if self.recompute else output, [buffer])
         value = output.value if isinstance(output, Tensor) else output
         if c == self.last:
-            self.total += float(value)
+            self.losses[m] = float(value)
             return None
         message = "F", m, c + 1
         if buffer is not None and not self.part.link.remote(message) and np.may_share_memory(value, buffer):

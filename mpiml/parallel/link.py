@@ -3,7 +3,8 @@
 A chunk sends its output on to the next chunk, and the gradient for its input back to the one before. Sends and
 receives are non-blocking, so no order of them can deadlock. Nobody declares shapes: a receive is posted for the
 shape and dtype that the same message had the last time; if that has changed, a header comes in its place, which
-is told by its length, and the array after it.
+is told by its length, and the array after it. An array arrives as it lay in memory (images: batch innermost), so that the
+next stage computes with it what one rank would have.
 """
 
 import math
@@ -30,7 +31,7 @@ class Link:
     def __init__(self, grid, owner):
         self._comm, self._stage, self._owner = grid.stages, grid.stage, owner
         self._slots = (self._comm.Get_attr(MPI.TAG_UB) or 32767) // (2 * len(owner))
-        self._told, self._heard = {}, {}  # message: the dtype and shape it had last
+        self._told, self._heard = {}, {}  # message: the dtype, shape and order of axes it had last
         self._here = defaultdict(deque)  # what one chunk of this rank handed to another
         self._sent = []  # (request, array) of sends that may not be through
         self._posted = {}  # message: (request, buffer)
@@ -65,10 +66,11 @@ class Link:
         if to == self._stage:
             self._here[message].append(array)
             return
-        array = np.ascontiguousarray(array)
+        axes = tuple(sorted(range(array.ndim), key=lambda axis: -abs(array.strides[axis])))
+        form, array = (array.dtype, array.shape, axes), np.ascontiguousarray(array.transpose(axes))
         if self._sent:
             self._sent = [sent for sent in self._sent if not sent[0].Test()]
-        form, tag = (array.dtype, array.shape), self._tag(message)
+        tag = self._tag(message)
         if self._told.get(message) != form or array.nbytes == _HEADER:
             self._told[message] = form
             header = _pack(*form)
@@ -107,8 +109,8 @@ class Link:
         if length != _bytes(form):
             raise RuntimeError(f"stage {self._stage} expected {_bytes(form)} bytes for {message} but got {length}: the stages "
                                f"are no longer in step")
-        dtype, shape = form
-        return np.ndarray(shape, dtype, buffer), buffer
+        dtype, shape, axes = form
+        return np.ndarray([shape[axis] for axis in axes], dtype, buffer).transpose(np.argsort(axes)), buffer
 
     def release(self, buffer):
         """Take back a buffer for other messages."""
@@ -139,22 +141,24 @@ def wait(request, status=None):
 
 
 def _bytes(form):
-    dtype, shape = form
+    dtype, shape, _ = form
     return math.prod(shape) * dtype.itemsize
 
 
-def _pack(dtype, shape):
+def _pack(dtype, shape, axes):
     code = dtype.str.encode()
-    if len(shape) > 11 or len(code) > 8 or dtype.hasobject:
-        raise ValueError(f"a chunk's output of shape {shape} and dtype {dtype} cannot be sent: at most 11 axes, of numbers")
+    count = len(shape)
+    if count > 10 or len(code) > 8 or dtype.hasobject:
+        raise ValueError(f"a chunk's output of shape {shape} and dtype {dtype} cannot be sent: at most 10 axes, of numbers")
     header = np.zeros(_HEADER, np.uint8)
     header[:len(code)] = np.frombuffer(code, np.uint8)
-    header[8] = len(shape)
-    header[9:9 + 8 * len(shape)] = np.array(shape, "<i8").view(np.uint8)
+    header[8] = count
+    header[9:9 + count] = axes
+    header[19:19 + 8 * count] = np.array(shape, "<i8").view(np.uint8)
     return header
 
 
 def _unpack(header):
     count = int(header[8])
     dtype = np.dtype(header[:8].tobytes().rstrip(b"\0").decode())
-    return dtype, tuple(header[9:9 + 8 * count].copy().view("<i8").tolist())
+    return dtype, tuple(header[19:19 + 8 * count].copy().view("<i8").tolist()), tuple(header[9:9 + count].tolist())

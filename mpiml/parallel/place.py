@@ -1,7 +1,6 @@
 """Placing a model on a grid: which rank holds which of its layers."""
 
 import itertools
-import math
 
 import numpy as np
 
@@ -56,10 +55,12 @@ class Part(_Held):
     def whole(self):
         return self._whole
 
-    def joint_norm(self, norm):
-        norms = np.empty(self.grid.pipe)
-        self.grid.stages.Allgather(np.array([norm], float), norms)
-        return math.hypot(*norms)
+    def joint_norm(self, norms):
+        counts = np.empty(self.grid.pipe, np.int64)
+        self.grid.stages.Allgather(np.array([len(norms)], np.int64), counts)
+        everything = np.empty(counts.sum())
+        self.grid.stages.Allgatherv(np.array(norms, float), [everything, counts])
+        return super().joint_norm(everything)
 
     def __call__(self, x, training=False):
         if len(self.chunks) < len(self.bounds):

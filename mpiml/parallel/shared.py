@@ -14,13 +14,13 @@ import tempfile
 
 import numpy as np
 from llvmlite import ir
-from mpi4py import MPI
 from numba import types
 from numba.extending import intrinsic
 
 from mpiml.cores import cores_of_node, ranks_on_node
 from mpiml.data.batches import share
 from mpiml.kernels.jit import kernel
+from mpiml.lanes import add_rows
 
 _PAGE = 4096
 _FUTEX_WAIT, _FUTEX_WAKE = 0, 1  # not the PRIVATE ones: the word is shared between processes
@@ -72,20 +72,8 @@ def _wait(words, now, spins, timeout, system_call):
     return _atomic_load(words, _ROUND) != np.int32(now)
 
 
-@kernel
-def _sum_slice(rows, start, stop, result):
-    for begin in range(start, stop, 1024):  # a block stays in the first-level cache
-        end = min(begin + 1024, stop)
-        block = result[begin:end]
-        block[:] = rows[0, begin:end]
-        for rank in range(1, rows.shape[0]):
-            row = rows[rank, begin:end]
-            for i in range(block.size):
-                block[i] += row[i]
-
-
 class SharedSum:
-    """A vector for each rank of a node, in memory shared by all of them, and their sum.
+    """Rows of numbers for each rank of a node, in memory shared by all of them, and their sum.
 
     Parameters
     ----------
@@ -93,28 +81,35 @@ class SharedSum:
         From :func:`allocate`.
     node : mpi4py.MPI.Comm
         The ranks of one node.
-    across : mpi4py.MPI.Comm or None
-        The ranks with this one's number on all nodes, which add up the nodes' sums.
+    counts : list of int
+        Rows of each of them.
+    program : array
+        The additions that make the results out of all rows, see :func:`mpiml.lanes.program`.
+    results : int
+    across : callable or None
+        Replaces the first result of slices of the results, (results, n) arrays, by the sum over all nodes.
     size : int
-        Elements in the vector, the same on all ranks.
+        Elements in a row, the same on all ranks.
     dtype : float32 or float64
 
     Attributes
     ----------
-    vector : (size,) array
-        This rank's vector.
+    rows : list of (size,) arrays
+        This rank's. The first is also where the sum will be.
     """
 
-    def __init__(self, memory, node, across, size, dtype):
+    def __init__(self, memory, node, counts, program, results, across, size, dtype):
         dtype = np.dtype(dtype)
         memory = np.frombuffer(memory, np.uint8)
         self._words = memory[:_PAGE].view(np.int32)
-        rows = memory[_PAGE:_bytes(size, dtype, node.size)].view(dtype).reshape(node.size + 1, _row(size, dtype))
-        self._rows, self._result = rows[:-1], rows[-1]
-        self.vector = self._rows[node.rank, :size]
+        count = sum(counts)
+        rows = memory[_PAGE:_bytes(size, dtype, count + results)].view(dtype).reshape(count + results, _row(size, dtype))
+        self._rows, self._results = rows[:count], rows[count:]
+        first = sum(counts[:node.rank])
+        self.rows = [row[:size] for row in rows[first:first + counts[node.rank]]]
         line = 64 // dtype.itemsize
         self._slice = tuple(min(line * bound, size) for bound in share(-(-size // line), node.rank, node.size))
-        self._ranks, self._across = node.size, across
+        self._program, self._ranks, self._across = program, node.size, across
         self._spins = 100 if ranks_on_node() > cores_of_node() else 20000
         self._timeout = np.array([0, int(_PATIENCE * 1e9)], np.int64)
         self._call = _FUTEX[os.uname().machine]
@@ -126,18 +121,18 @@ class SharedSum:
             pass  # Python looks at its signals here
 
     def __call__(self):
-        """Replace ``vector`` by the sum over all ranks."""
+        """Replace the first row by the sum over all ranks."""
         if self._summing:
             raise RuntimeError("an exception (Ctrl-C, say) interrupted an earlier sum on this rank, which is no longer in "
                                "step with the others: this training cannot go on")
         self._summing = True
         self._meet()
-        _sum_slice(self._rows, *self._slice, self._result)
+        add_rows(self._rows, self._program, *self._slice, self._results)
         if self._across is not None:
-            self._across.Allreduce(MPI.IN_PLACE, self._result[slice(*self._slice)], MPI.SUM)
+            self._across(self._results[:, slice(*self._slice)])
         self._meet()
         # Nobody writes the result again before all have met a third time, in the next sum.
-        self.vector[:] = self._result[:len(self.vector)]
+        self.rows[0][:] = self._results[0, :len(self.rows[0])]
         self._summing = False
 
 
@@ -147,14 +142,14 @@ def _row(size, dtype):
     return (-(-size * dtype.itemsize // _PAGE) * _PAGE + 5 * 64) // dtype.itemsize
 
 
-def _bytes(size, dtype, ranks):
-    return _PAGE + (ranks + 1) * _row(size, dtype) * dtype.itemsize
+def _bytes(size, dtype, rows):
+    return _PAGE + rows * _row(size, dtype) * dtype.itemsize
 
 
-def allocate(node, size, dtype):
-    """Memory, all zeros, that the ranks of a node share for a :class:`SharedSum`; None where it cannot be had.
+def allocate(node, size, dtype, rows):
+    """Memory, all zeros, that the ranks of a node share for the ``rows`` of a :class:`SharedSum`, results included.
 
-    It has no name when this returns, so that nothing is left behind however the job ends.
+    None where it cannot be had. It has no name when this returns, so that nothing is left behind however the job ends.
     """
     path = np.zeros(64, np.uint8)
     file = None
@@ -162,7 +157,7 @@ def allocate(node, size, dtype):
         if node.rank == 0 and sys.platform == "linux" and os.uname().machine in _FUTEX:
             file = tempfile.NamedTemporaryFile(dir="/dev/shm", prefix="mpiml-")
             # Reserves it: memory that is only promised kills the process in use when it runs out.
-            os.posix_fallocate(file.fileno(), 0, _bytes(size, np.dtype(dtype), node.size))
+            os.posix_fallocate(file.fileno(), 0, _bytes(size, np.dtype(dtype), rows))
             path[:len(file.name)] = np.frombuffer(file.name.encode(), np.uint8)
     except OSError:
         path[:] = 0

@@ -237,10 +237,10 @@ class Checkpoints:
         next_step = steps if isinstance(grid, _Alone) else self.model.steps
         at = _json("values", at)
         grid.same("what is saved", (steps, next_step, at, self._settings))
-        microbatches = 1 if isinstance(grid, _Alone) else self.model.microbatches
+        pieces = {} if isinstance(grid, _Alone) else {"microbatches": self.model.microbatches, "lanes": grid.lanes}
         content = {"format": FORMAT, "step": steps, "next_step": next_step, "seed": int(self._modules()[0].place[0]),
                    "optimizer": type(self.optimizer).__name__, "settings": self._settings, "at": at,
-                   "grid": {"data": grid.data, "pipe": grid.pipe, "microbatches": microbatches}}
+                   "grid": {"data": grid.data, "pipe": grid.pipe} | pieces}
         part = f"{self._path(steps)}.tmp"
         self._on_first(f"making {part}", self._make, part)
         arrays, rows = grid.together("copying the arrays", self._copies)

@@ -1,0 +1,66 @@
+"""Trains a little and prints a digest of all weights: started by test_lanes.py on many grids."""
+
+import argparse
+import hashlib
+import itertools
+
+import numpy as np
+
+from mpiml import schedule
+from mpiml.data import batches
+from mpiml.nn import BatchNorm2d, Conv2d, Dropout, Flatten, Linear, MaxPool2d, Sequential
+from mpiml.ops import cross_entropy, relu
+from mpiml.optim import Adam, clip_norm
+
+
+def mlp():
+    return Sequential(Linear(20, 32), relu, Dropout(0.2), Linear(32, 16), relu, Linear(16, 10))
+
+
+def conv_net():
+    return Sequential(Conv2d(1, 4, 3, padding=1), BatchNorm2d(4, samples=4), relu, MaxPool2d(2), Conv2d(4, 8, 3), relu,
+                      Dropout(0.2), Flatten(), Linear(72, 10))
+
+
+MODELS = {"mlp": mlp, "conv_net": conv_net}
+
+
+def problem(model, samples):
+    rng = np.random.default_rng(5)
+    shape = (20,) if model == "mlp" else (1, 10, 10)
+    return rng.standard_normal((samples, *shape), np.float32), rng.integers(0, 10, samples)
+
+
+def train(net, step, x, y, size, steps, **options):
+    """Train by Adam with clipping; the losses."""
+    optimizer, losses = Adam(net, lr=0.01), []
+    for epoch in itertools.count():
+        for bx, by in batches(x, y, size, epoch=epoch, **options):
+            losses.append(step(bx, by))
+            clip_norm(net, 1.0)
+            optimizer.step()
+            if len(losses) == steps:
+                return losses
+
+
+def digest(weights):
+    """SHA-256 of all weights, by their names."""
+    return hashlib.sha256(b"".join(weights[name].tobytes() for name in sorted(weights))).hexdigest()
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--model", choices=MODELS, default="mlp")
+    parser.add_argument("--pipe", type=int, default=1)
+    parser.add_argument("--schedule", default="one_f_one_b")
+    args = parser.parse_args()
+
+    from mpiml.parallel import Grid, gradient, place
+
+    grid = Grid(pipe=args.pipe, lanes=16)
+    net = place(MODELS[args.model](), grid, seed=1, schedule=getattr(schedule, args.schedule))
+    step = gradient(net, cross_entropy, grid)
+    train(net, step, *problem(args.model, 1200), 512, 50, grid=grid, multiple=4 if args.model == "conv_net" else 1)
+    weights = net.collect()
+    if grid.rank == 0:
+        print("weights", digest(weights))
