@@ -243,7 +243,7 @@ def gradient(model, loss, lanes, first_step=0):
     lanes : int
         Pieces into which each batch is cut.
     first_step : int
-        Number of the first step, which dropout depends on.
+        Number of the first step, which dropout depends on: ``optimizer.steps``, if a checkpoint was loaded.
 
     Returns
     -------

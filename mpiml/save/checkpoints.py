@@ -353,7 +353,8 @@ class Checkpoints:
 
         Everything is read and verified before anything is changed, which takes the memory of a second copy and of the
         largest file. Call it last, when the model, the optimizer and the
-        step function are there; steps that were taken before (to load the kernels, say) then leave no trace.
+        step function are there; steps that were taken before (to load the kernels, say) then leave no trace. Without MPI
+        dropout is told its step by the program: let it be ``optimizer.steps``.
 
         Parameters
         ----------
