@@ -31,6 +31,7 @@ bench: .venv/bench
 	python benchmarks/models.py
 	python benchmarks/kernels.py
 	env -u OPENBLAS_CORETYPE mpirun -n 2 python benchmarks/pipeline.py
+	mpirun -n 2 python benchmarks/checkpoint.py
 
 lint: .venv/ready
 	ruff check .

@@ -3,6 +3,7 @@
     mpirun -n 4 python examples/mnist_hybrid.py                       # 4 stages
     mpirun -n 8 python examples/mnist_hybrid.py --pipe 4              # 2 replicas of 4 stages
     mpirun -n 2 python examples/mnist_hybrid.py --model cnn --schedule zb_h1 --draw timeline.svg --trace trace.json
+    mpirun -n 4 python examples/mnist_hybrid.py --checkpoint FOLDER --resume    # goes on where it was stopped
 """
 
 import argparse
@@ -32,9 +33,15 @@ parser.add_argument("--dtype", choices=["float32", "float64"], default="float32"
 parser.add_argument("--draw", metavar="FILE", help="write a picture of a step, simulated and measured (.svg, .png)")
 parser.add_argument("--trace", metavar="FILE", help="write what all ranks did, for ui.perfetto.dev")
 parser.add_argument("--save", metavar="FILE", help="write the weights to this safetensors file at the end")
+parser.add_argument("--checkpoint", metavar="FOLDER", help="keep checkpoints in this folder")
+parser.add_argument("--every", type=int, metavar="STEPS", help="steps from one checkpoint to the next (default: 10 minutes)")
+parser.add_argument("--resume", nargs="?", type=int, const=0, metavar="STEP",
+                    help="go on from the newest checkpoint, if there is one, or from that of this step")
 args = parser.parse_args()
 if args.epochs < 1:
     parser.error(f"--epochs must be 1 at least, not {args.epochs}")
+if not args.checkpoint and (args.resume is not None or args.every):
+    parser.error("--resume and --every need --checkpoint FOLDER")
 for file in args.draw, args.trace, args.save:
     if file and not Path(file).absolute().parent.is_dir():
         parser.error(f"{file}: there is no such folder")
@@ -73,27 +80,44 @@ model = place(model, grid, args.seed, args.dtype, SCHEDULES[args.schedule], bala
 say(f"{len(x)} digits, {args.model}, batch {args.batch}, {grid.data} x {grid.pipe} ranks (data x pipe), {microbatches} "
     f"micro-batches, {args.schedule}\n{model.report()}")
 
-steps = args.epochs * len(batches(x, y, args.batch, grid=grid))
+in_epoch = len(batches(x, y, args.batch, grid=grid))
+steps = args.epochs * in_epoch
 # Not Adam, which makes steps of full size out of gradients that are nothing but rounding errors: with SGD the weights of
 # different grids can be compared.
 optimizer = SGD(model, lr=cosine(args.lr, steps), momentum=0.9)
 watch = Watch()
 step = gradient(model, cross_entropy, grid, microbatches, watch=watch)
 step(prepare(x[:grid.size]), y[:grid.size])  # loads or compiles the kernels, which is not training's time
+total, training = 0.0, 0.0
+if args.checkpoint:
+    from mpiml.save import Checkpoints
+    settings = {"model": args.model, "batch": args.batch, "seed": args.seed}
+    checkpoints = Checkpoints(args.checkpoint, optimizer, settings, every=args.every)
+    if args.resume is not None:
+        total = checkpoints.load(args.resume or None, total=total)["total"]
+        say(f"{optimizer.steps} of {steps} steps are done")
+first = optimizer.steps
 watch.restart()
-training = 0.0
-for epoch in range(args.epochs):
+for epoch in range(first // in_epoch, args.epochs):
     start = perf_counter()
-    total = 0.0
-    share = batches(x, y, args.batch, epoch=epoch, seed=args.seed, grid=grid, transform=prepare)
+    share = batches(x, y, args.batch, epoch=epoch, seed=args.seed, grid=grid, transform=prepare,
+                    start=optimizer.steps % in_epoch)
     for images, labels in progress(share, grid, f"epoch {epoch + 1}"):
+        if optimizer.steps % in_epoch == 0:
+            total = 0.0
         total += step(images, labels)
         optimizer.step()
+        if args.checkpoint:
+            checkpoints.step(total=total)
     seconds = perf_counter() - start
     training += seconds
     test = evaluate(model, x_test, y_test, {"loss": cross_entropy, "accuracy": correct}, grid, transform=prepare)
-    say(f"epoch {epoch + 1}: loss {total / len(share):.6f}, test loss {test['loss']:.4f}, "
-        f"test accuracy {test['accuracy']:.4f}, {len(x) / seconds:,.0f} samples/s")
+    say(f"epoch {epoch + 1}: loss {total / in_epoch:.6f}, test loss {test['loss']:.4f}, "
+        f"test accuracy {test['accuracy']:.4f}, {len(x) * len(share) / in_epoch / seconds:,.0f} samples/s")
+if first >= steps:
+    raise SystemExit  # of a training that had come to its end there is nothing to tell
+if args.checkpoint:
+    checkpoints.save(total=total)
 
 weights = model.collect()
 if args.save and grid.rank == 0:
@@ -103,4 +127,4 @@ times = watch.report(grid)
 timelines = watch.draw(grid, args.draw)
 if args.trace:
     watch.trace(grid, args.trace)
-say(f"{timelines}\naccuracy {test['accuracy']:.4f}, {args.epochs * len(x) / training:,.0f} samples/s\n{times}")
+say(f"{timelines}\naccuracy {test['accuracy']:.4f}, {(steps - first) / in_epoch * len(x) / training:,.0f} samples/s\n{times}")

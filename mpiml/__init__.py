@@ -7,7 +7,7 @@ mpiml.ops            the derivative table: relu, conv2d, cross_entropy, ...
 mpiml.nn             layers and the combinators that build a model
 mpiml.optim          SGD, Adam, AdamW, LARS, LAMB and learning-rate schedules on flat vectors
 mpiml.data           readers and batches
-mpiml.save           weights to and from safetensors
+mpiml.save           weights and checkpoints in safetensors files
 mpiml.schedule       pipeline schedules: lists, simulated and drawn
 mpiml.check          python -m mpiml check: what is wrong with this machine or this job
 mpiml.parallel       Grid, place, gradient, predict: the only part that starts MPI

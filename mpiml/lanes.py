@@ -182,7 +182,7 @@ class Leaves:
     def _accumulate_in(self, vector, model):
         pairs = self.views.get((id(vector), id(model)))
         if pairs is None:  # making views costs more than the smallest layers
-            pairs = list(zip(model.layout().values(), model.views(vector[:-2]), strict=True))
+            pairs = list(zip(model.layout().values(), model.views(vector[:-2]).values(), strict=True))
             self.views[id(vector), id(model)] = pairs
         for parameter, view in pairs:
             parameter.grad = view
@@ -276,7 +276,7 @@ def gradient(model, loss, lanes, first_step=0, threads=None):
     lanes : int
         Pieces into which each batch is cut.
     first_step : int
-        Number of the first step, which dropout depends on.
+        Number of the first step, which dropout depends on: ``optimizer.steps``, if a checkpoint was loaded.
     threads : int, optional
         Threads that compute the lanes; by default one for each core. The bits do not depend on it.
 

@@ -156,7 +156,8 @@ class Module:
         self.learnt = sum(learnt)
         size = sum(p.size for p in self._layout.values())
         self.vector = np.empty(size, dtype)
-        for (name, parameter), value in zip(self._layout.items(), self.views(self.vector), strict=True):
+        for name, value in self.views(self.vector).items():
+            parameter = self._layout[name]
             parameter.value = value
             parameter.value[...] = parameter.fill(generator(seed, name), parameter.shape)
         self.accumulate_in(np.zeros(size + 2, dtype))
@@ -165,17 +166,20 @@ class Module:
         return self
 
     def views(self, vector):
-        """Views of a vector such as ``vector`` with the parameters' shapes, in the order of :meth:`layout`."""
-        parameters = self._layout.values()
-        stops = np.cumsum([p.size for p in parameters], dtype=int)
-        return [vector[stop - p.size:stop].reshape(p.shape, order=p.order) for p, stop in zip(parameters, stops, strict=True)]
+        """{name: its part of ``vector``, in its shape}; a vector of all parameters, or of the learnt ones alone."""
+        layout = self._layout.items()
+        if len(vector) == self.learnt:
+            layout = [(name, p) for name, p in layout if not isinstance(p, Statistic)]
+        stops = np.cumsum([p.size for _, p in layout], dtype=int)
+        return {name: vector[stop - p.size:stop].reshape(p.shape, order=p.order)
+                for (name, p), stop in zip(layout, stops, strict=True)}
 
     def accumulate_in(self, sums):
         """Let the gradients accumulate in this vector of length size + 2, such as one in shared memory."""
         self.sums = sums
         self.gradient = sums[:-2]
-        for parameter, grad in zip(self._layout.values(), self.views(self.gradient), strict=True):
-            parameter.grad = grad
+        for name, grad in self.views(self.gradient).items():
+            self._layout[name].grad = grad
 
     def whole(self):
         """The model that this is all of; a part of a model that lies on several ranks has another."""

@@ -64,7 +64,17 @@ def clip_norm(model, max_norm):
 
 
 class Optimizer:
-    """What all optimizers share: the model, the learning rate and the number of steps taken."""
+    """What all optimizers share: the model, the learning rate and the number of steps taken.
+
+    Attributes
+    ----------
+    steps : int
+        Number of steps taken.
+    moments : tuple of str
+        Names of the attributes, arrays (learnt,), that ``update`` carries from step to step: a checkpoint keeps them.
+    """
+
+    moments = ()
 
     def __init__(self, model, lr):
         if not hasattr(model, "vector"):
@@ -106,6 +116,7 @@ class SGD(Optimizer):
         if nesterov and not momentum:
             raise ValueError("Nesterov's method is a kind of momentum: give momentum > 0")
         self.momentum, self.nesterov, self.weight_decay = momentum, nesterov, weight_decay
+        self.moments = ("velocity",) if momentum else ()
         self.velocity = self._moments() if momentum else np.empty(0, model.vector.dtype)
 
     def update(self, vector, gradient, lr):
@@ -117,6 +128,7 @@ class Adam(Optimizer):
     """Adam; ``weight_decay`` is added to the gradient, see :func:`mpiml.kernels.adam`."""
 
     decoupled = False
+    moments = ("mean", "square")
 
     def __init__(self, model, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0):
         super().__init__(model, lr)
@@ -161,6 +173,8 @@ class LARS(Optimizer):
         Also give biases and the weights of norms, all parameters of one axis, their own rate and decay; by default
         they take plain momentum steps of ``lr``, as is customary.
     """
+
+    moments = ("velocity",)
 
     def __init__(self, model, lr, momentum=0.9, weight_decay=0.0, trust=0.001, eps=0.0, adapt_vectors=False):
         super().__init__(model, lr)

@@ -23,7 +23,7 @@ ALLOWED = {
     "optim.py": ({"kernels", "nn"}, {"numpy"}),
     "metrics.py": (set(), {"numpy"}),
     "data": ({"data", "random"}, {"numpy", "pooch", "requests"}),
-    "save.py": (set(), {"numpy", "safetensors"}),
+    "save": ({"data", "nn", "save"}, {"numpy", "safetensors"}),
     "schedule": ({"schedule"}, {"matplotlib", "numpy"}),
     "check.py": ({"__version__", "cores", "data", "kernels", "memory"}, {"llvmlite", "numba", "numpy", "threadpoolctl"}),
     "__main__.py": ({"check", "cores", "kernels", "parallel", "schedule"}, set()),

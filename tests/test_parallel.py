@@ -330,6 +330,18 @@ def test_what_goes_wrong_with_arrays_is_raised_on_every_rank():
         GRID.arrays_once_per_node(broken)
 
 
+def test_an_error_of_one_rank_is_raised_on_all():
+    def broken(number):
+        if GRID.rank == GRID.size - 1:
+            raise OSError(f"no space for {number}")
+
+    assert GRID.together("counting", lambda number: number + GRID.rank, 5) == 5 + GRID.rank
+    with pytest.raises(RankError, match=f"^rank {GRID.size - 1} failed in writing: OSError: no space for 7$") as caught:
+        GRID.together("writing", broken, 7)
+    assert caught.value.ranks == [GRID.size - 1]
+    assert GRID.maximum(GRID.rank, -GRID.rank, True) == [GRID.size - 1, 0, 1]
+
+
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("size", [2, 5, 1000, 30011])
 def test_the_sum_in_shared_memory(size, dtype):

@@ -1,5 +1,6 @@
 """The programs in the README run as they stand there."""
 
+import os
 import re
 import subprocess
 import sys
@@ -58,7 +59,18 @@ def test_the_drawn_timelines():
         assert run.stdout == drawn.removesuffix("```\n")
 
 
-@pytest.mark.parametrize("block, printed", [(4, "[1.         0.54030231]\n"), (5, "[2. 2. 2.]\n"), (6, "[[1. 0.]]\n")])
+def test_the_program_with_checkpoints(tmp_path):
+    path, folder = tmp_path / "program.py", tmp_path / "run"
+    program = BLOCKS[4].replace('"run"', repr(str(folder)))
+    for ranks, text in (2, program.replace("length, 5)", "length, 1)")), (3, program):
+        path.write_text(text)
+        run = mpirun(ranks, str(path), env=environment(XDG_CACHE_HOME=str(tmp_path), **OFFLINE))
+        assert run.code == 0, run.err
+    steps = sorted(int(name.removeprefix("step_")) for name in os.listdir(folder) if name != "latest")
+    assert len(steps) == 2 and steps[1] == 5 * steps[0] and f"step_{steps[1]}\n" == (folder / "latest").read_text()
+
+
+@pytest.mark.parametrize("block, printed", [(5, "[1.         0.54030231]\n"), (6, "[2. 2. 2.]\n"), (7, "[[1. 0.]]\n")])
 def test_the_new_op_the_new_layer_and_the_compiled_loop(block, printed):
     run = subprocess.run([sys.executable, "-c", BLOCKS[block]], capture_output=True, text=True, timeout=120,
                          env=environment())

@@ -46,6 +46,8 @@ class batches:
         Each share starts at a multiple of this many samples, see :class:`mpiml.nn.BatchNorm2d`.
     transform : function of an array, optional
         Applied to each share of x, such as a conversion of pixels to floats.
+    start : int
+        The first so many batches of the epoch are left out: a training that goes on has had them.
 
     Raises
     ------
@@ -61,14 +63,14 @@ class batches:
     [[0, 1], [2, 3], [4]]
     """
 
-    def __init__(self, x, y, size, *, epoch=0, seed=0, shuffle=True, grid=None, multiple=1, transform=None):
+    def __init__(self, x, y, size, *, epoch=0, seed=0, shuffle=True, grid=None, multiple=1, transform=None, start=0):
         ranks = grid.data if grid else 1
         for name, value in ("size", size), ("multiple", multiple):
             if not isinstance(value, (int, np.integer)) or value < 1:
                 raise ValueError(f"{name} is a number of samples, a whole number above 0, not {value!r}")
         if grid:
-            grid.same("the number of samples, the batch size, epoch, seed, shuffle and multiple",
-                      (len(x), int(size), epoch, seed, shuffle, int(multiple)))
+            grid.same("the number of samples, the batch size, epoch, seed, shuffle, multiple and start",
+                      (len(x), int(size), epoch, seed, shuffle, int(multiple), start))
         if len(x) != len(y):
             raise ValueError(f"x has {len(x)} samples but y has {len(y)}")
         if len(x) < ranks:
@@ -79,17 +81,20 @@ class batches:
                              f"size of {ranks * multiple} at least, or fewer ranks")
         self.x, self.y, self.size, self.transform = x, y, size, transform
         self.grid, self.multiple = grid, multiple
+        if not isinstance(start, (int, np.integer)) or not 0 <= start * size < len(x):
+            raise ValueError(f"start is the number of a batch, from 0 to {-(-len(x) // size) - 1}, not {start!r}")
+        self.start = start
         self.order = generator(seed, "shuffle", epoch).permutation(len(x)) if shuffle else np.arange(len(x))
 
     def __len__(self):
-        return -(-len(self.x) // self.size)
+        return -(-len(self.x) // self.size) - self.start
 
     def _ranks(self):
         grid = self.grid
         return (grid.generation, grid.replica, grid.data, grid.lanes) if grid else (0, 0, 1, None)
 
     def __iter__(self):
-        for begin in range(0, len(self.x), self.size):
+        for begin in range(self.start * self.size, len(self.x), self.size):
             batch = self.order[begin:begin + self.size]
             seen = None
             while seen != (now := self._ranks()):  # once, and once more with other shares whenever ranks were lost meanwhile

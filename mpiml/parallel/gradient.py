@@ -22,7 +22,7 @@ from .recorder import recorder
 from .sum import held, summation
 
 
-def gradient(model, loss, grid, microbatches=None, *, recompute=False, watch=None, first_step=0, threads=None):
+def gradient(model, loss, grid, microbatches=None, *, recompute=False, watch=None, first_step=None, threads=None):
     """A function ``step(x, y)`` that leaves the gradient of the global mean loss in ``model.gradient``.
 
     Each replica cuts its share of the batch into micro-batches, and its stages run the model's schedule: the *sum* of
@@ -47,8 +47,9 @@ def gradient(model, loss, grid, microbatches=None, *, recompute=False, watch=Non
         anew: a forward pass more, and the memory of all activations but of one micro-batch less.
     watch : mpiml.parallel.Watch, optional
         Records what this rank does.
-    first_step : int
-        Number of the first step, which dropout depends on; later steps count on from it.
+    first_step : int, optional
+        Number of the first step, which dropout depends on; by default ``model.steps``, which counts all steps of the model
+        and is part of a checkpoint.
     threads : int, optional
         Threads of this rank that compute its lanes, where there are lanes and no pipeline; by default one for each core that
         falls to this rank. The bits do not depend on it. A watch sees what the first of them does.
@@ -91,24 +92,23 @@ def gradient(model, loss, grid, microbatches=None, *, recompute=False, watch=Non
         raise ValueError(f"threads is a whole number above 0, and 1 on a grid without lanes or with a pipeline, not "
                          f"{threads!r}")
     make = functools.partial(_Plan, model, loss, grid, microbatches, recompute, watch, threads)
-    plan, number = make(), first_step
+    plan = make()
+    model.steps, model.microbatches = model.steps if first_step is None else first_step, microbatches
 
-    def take(x, y):
+    def take(number, x, y):
         nonlocal plan
         if plan.generation != grid.generation:  # ranks were lost
             plan = make()
         return plan.take(number, x, y)
 
     def step(x, y):
-        nonlocal number
+        number, model.steps = model.steps, model.steps + 1
         with recorder.at(f"step {number}"):
             try:
-                return grid.attempt(take, x, y)
+                return grid.attempt(take, number, x, y)
             except RanksLost:
-                number -= 1  # it was not taken
+                model.steps = number  # it was not taken
                 raise
-            finally:
-                number += 1
 
     return step
 

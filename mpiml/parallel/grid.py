@@ -207,6 +207,45 @@ class Grid:
         return bool(verdict[0])
 
     @_on_those_left
+    def maximum(self, *numbers):
+        """The largest of all ranks' first numbers, of their second ones, and so on, on every rank."""
+        numbers = np.array(numbers, np.int64)
+        self.comm.Allreduce(MPI.IN_PLACE, numbers, MPI.MAX)
+        return numbers.tolist()
+
+    def together(self, what, function, *args):
+        """Call ``function`` on every rank; to be called on all ranks together.
+
+        Parameters
+        ----------
+        what : str
+            What is being done, for the message: "rank 2 failed in ...".
+        function : callable
+            May differ from rank to rank, and must not wait for another rank.
+
+        Returns
+        -------
+        object
+            What the function returned on this rank.
+
+        Raises
+        ------
+        RankError
+            On every rank, if the function raised on one; chained to that exception where it happened.
+        """
+        result, failure = None, None
+        try:
+            result = function(*args)
+        except Exception as error:
+            failure = error
+        problems = self.texts("" if failure is None else f"{type(failure).__name__}: {failure}")
+        ranks = [rank for rank, problem in enumerate(problems) if problem]
+        if ranks:
+            others = f" (and {len(ranks) - 1} more)" if len(ranks) > 1 else ""
+            raise RankError(f"rank {ranks[0]}{others} failed in {what}: {problems[ranks[0]]}", ranks) from failure
+        return result
+
+    @_on_those_left
     def once_per_node(self, function, *args):
         """Call ``function`` on one rank of each node while the others wait; return its node's result on every rank.
 
@@ -220,16 +259,7 @@ class Grid:
         RankError
             On every rank, if the function raised on one; chained to that exception where it happened.
         """
-        result, failure = None, None
-        if self.node.rank == 0:
-            try:
-                result = function(*args)
-            except Exception as error:
-                failure = error
-        problems = self.texts("" if failure is None else f"{type(failure).__name__}: {failure}")
-        ranks = [rank for rank, problem in enumerate(problems) if problem]
-        if ranks:
-            raise RankError(f"rank {ranks[0]} failed in {function.__name__}: {problems[ranks[0]]}", ranks) from failure
+        result = self.together(function.__name__, lambda: None if self.node.rank else function(*args))
         length = np.zeros(1, np.int64)
         text = np.frombuffer(json.dumps(result).encode(), np.uint8)
         if self.node.rank == 0:

@@ -35,12 +35,17 @@ class Part(_Held):
         For every chunk of the model its first layer and the one behind its last.
     owner : list of int
         For every chunk the stage that holds it.
+    steps : int
+        Number of the next training step, which dropout depends on.
+    microbatches : int or None
+        Micro-batches for each replica in a step, as :func:`mpiml.parallel.gradient` was told last.
     """
 
     def __init__(self, model, grid, schedule, bounds, owner, costs):
         self.grid, self.schedule, self.bounds, self.owner, self.costs = grid, schedule, bounds, owner, costs
         pieces = [model] if len(bounds) == 1 else [model[start:stop] for start, stop in bounds]
         self._whole, self._pieces = model, pieces
+        self.steps, self.microbatches = 0, None
         self.link = Link(grid, owner)
         super().__init__(self._of(grid.stage))
 

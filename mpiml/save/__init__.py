@@ -1,0 +1,10 @@
+"""Weights and checkpoints in safetensors files: arrays by name, and never a program to run.
+
+:func:`save` and :func:`load` carry weights to and from files that PyTorch reads and writes, :class:`Checkpoints` all
+that a training needs to go on where it was, on one rank or many.
+"""
+
+from .checkpoints import STOPPED, Checkpoints
+from .weights import load, save
+
+__all__ = ["STOPPED", "Checkpoints", "load", "save"]
