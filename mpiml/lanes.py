@@ -13,7 +13,6 @@ Each rank computes a run of neighbouring lanes and adds what it can: up to the l
 the ranks add up those nodes, again along the tree. Which rank computed a node cannot be seen in its value.
 """
 
-import copy
 import itertools
 import math
 import threading
@@ -27,6 +26,7 @@ from . import kernels as k
 from .data.batches import share
 from .kernels.jit import kernel
 from .nn import BatchNorm2d, Step
+from .tensor import Tensor
 
 _BLOCK = 1024  # elements of a row that are added up at a time: they stay in the first-level cache
 
@@ -154,6 +154,7 @@ class Leaves:
 
     def __init__(self, model, rows, held, lanes):
         self.model, self.held, self.lanes = model, held, lanes
+        self.parameters = list(model.layout().values())
         self.rows = dict(zip(cover(held, lanes), rows, strict=True))
         self.home = {node.index << node.level: row for node, row in self.rows.items()}  # of the node's first lane
         self.spare, self.views = [], {}
@@ -164,10 +165,10 @@ class Leaves:
         """Forget the gradients of a step that an exception ended."""
         self.open, self.ready = {}, {}
 
-    def at(self, m, model=None):
-        """Let the model's gradients accumulate in the vector of lane ``held[m]``, which is zero at first.
+    def at(self, m, tensors=None):
+        """Let gradients accumulate in the vector of lane ``held[m]``, which is zero at first.
 
-        Another thread has another ``model``, a :func:`twin` of the first.
+        ``tensors`` are whose gradients: by default the model's parameters; another thread has :func:`twins` of them.
         """
         vector = self.open.get(m)
         if vector is None:
@@ -177,15 +178,15 @@ class Leaves:
                     vector = self.spare.pop() if self.spare else np.empty_like(self.model.sums)
             vector[:] = 0
             self.open[m] = vector
-        self._accumulate_in(vector, self.model if model is None else model)
+        self._accumulate_in(vector, self.parameters if tensors is None else tensors)
 
-    def _accumulate_in(self, vector, model):
-        pairs = self.views.get((id(vector), id(model)))
+    def _accumulate_in(self, vector, tensors):
+        pairs = self.views.get((id(vector), id(tensors)))
         if pairs is None:  # making views costs more than the smallest layers
-            pairs = list(zip(model.layout().values(), model.views(vector[:-2]).values(), strict=True))
-            self.views[id(vector), id(model)] = pairs
-        for parameter, view in pairs:
-            parameter.grad = view
+            pairs = list(zip(tensors, self.model.views(vector[:-2]).values(), strict=True))
+            self.views[id(vector), id(tensors)] = pairs
+        for tensor, view in pairs:
+            tensor.grad = view
 
     def close(self, m, loss=0.0, samples=0):
         """Lane ``held[m]`` is complete, or has no samples: add it to its neighbour, if that is there."""
@@ -221,20 +222,12 @@ class Leaves:
             elif vector is not row:
                 row[:] = vector
                 self.spare.append(vector)
-        self._accumulate_in(next(iter(self.rows.values())), self.model)
+        self._accumulate_in(next(iter(self.rows.values())), self.parameters)
 
 
-def twin(model, *shared):
-    """A model with the parameters of another, and gradients of its own: for another thread.
-
-    Parameters
-    ----------
-    model : mpiml.nn.Module
-    *shared
-        What it refers to and the twin is to refer to as well, instead of a copy.
-    """
-    arrays = [array for p in model.named().values() for array in (p.value, p.grad)] + [model.vector, model.sums, model.gradient]
-    return copy.deepcopy(model, {id(thing): thing for thing in (*arrays, *shared)})
+def twins(model):
+    """{id of a parameter: leaf with its value and a gradient of its own}; see :class:`mpiml.nn.Step`."""
+    return {id(p): Tensor(p.value) for p in model.layout().values()}
 
 
 def in_threads(work, count):
@@ -295,7 +288,8 @@ def gradient(model, loss, lanes, first_step=0, threads=None):
     multiple = samples_together(model, lanes)
     threads = min(lanes, cores.threads() if threads is None else threads)
     leaves = Leaves(model, [model.sums], range(lanes), lanes)
-    models = [model, *(twin(model) for _ in range(threads - 1))]
+    others = [None, *(twins(model) for _ in range(threads - 1))]
+    tensors = [other and list(other.values()) for other in others]
     numbers = itertools.count(first_step)
 
     def step(x, y):
@@ -309,8 +303,8 @@ def gradient(model, loss, lanes, first_step=0, threads=None):
                 start, stop = share(len(x), lane, lanes, multiple)
                 total = 0.0
                 if start < stop:
-                    leaves.at(lane, models[thread])
-                    value = loss(models[thread](x[start:stop], Step(number, start)), y[start:stop])
+                    leaves.at(lane, tensors[thread])
+                    value = loss(model(x[start:stop], Step(number, start, others[thread])), y[start:stop])
                     total = float(value)
                     value.backward()
                 leaves.close(lane, total, stop - start)

@@ -33,11 +33,13 @@ _NO_MEMORY = "this model has no memory yet: call model.init(seed) before using i
 class Step(NamedTuple):
     """What randomness in a training step depends on: pass it as ``training`` to a model with dropout.
 
-    ``number`` counts the steps; ``first`` is the number of ``x[0]`` in the global batch.
+    ``number`` counts the steps; ``first`` is the number of ``x[0]`` in the global batch. ``twins``, {id of a Parameter:
+    Tensor}, are leaves to take instead of the parameters, so that their gradients stay apart from another thread's.
     """
 
     number: int
     first: int = 0
+    twins: dict | None = None
 
 
 class Parameter(Tensor):
@@ -211,7 +213,10 @@ def given(training, *parameters):
     for p in parameters:
         if p is not None and p.value is None:
             raise RuntimeError(_NO_MEMORY)
-    return parameters if training else [None if p is None else p.value for p in parameters]
+    if not training:
+        return [None if p is None else p.value for p in parameters]
+    twins = getattr(training, "twins", None)
+    return [twins.get(id(p), p) for p in parameters] if twins else parameters
 
 
 def run(layer, x, training):

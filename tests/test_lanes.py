@@ -125,6 +125,32 @@ def test_every_grid_ends_with_the_weights_of_one_process(model, count, size, pip
     assert evaluate(net, x, y, {"loss": cross_entropy}, grid) == evaluate(net, x, y, {"loss": cross_entropy}, grid, 256)
 
 
+@pytest.mark.parametrize("threads", [1, 2, 3, 20])
+@pytest.mark.parametrize("model", MODELS)
+def test_threads_change_no_bit(model, threads):
+    x, y = problem(model, 150)
+    multiple = 4 if model == "conv_net" else 1
+    alone, same = MODELS[model]().init(seed=1), MODELS[model]().init(seed=1)
+    expected = train(alone, lanes.gradient(alone, cross_entropy, 11, threads=1), x, y, 100, 3, multiple=multiple)
+    assert train(same, lanes.gradient(same, cross_entropy, 11, threads=threads), x, y, 100, 3, multiple=multiple) == expected
+    grid = Grid(lanes=11)
+    net = place(MODELS[model](), grid, seed=1)
+    step = gradient(net, cross_entropy, grid, threads=threads)
+    assert train(net, step, x, y, 100, 3, grid=grid, multiple=multiple) == expected
+    np.testing.assert_array_equal(same.vector, alone.vector)
+    np.testing.assert_array_equal(net.vector, alone.vector)
+
+
+def test_an_error_in_a_thread_is_raised():
+    x, y = problem("mlp", 12)
+    net = MODELS["mlp"]().init()
+    step = lanes.gradient(net, cross_entropy, 4, threads=4)
+    with pytest.raises(ValueError, match="label 10"):
+        step(x, np.where(np.arange(12) == 7, 10, y))
+    loss = step(x, y)  # what the failed step has left does no harm
+    assert loss == lanes.gradient(MODELS["mlp"]().init(), cross_entropy, 4, first_step=1)(x, y)
+
+
 @pytest.mark.parametrize("count", [RANKS, RANKS + 1, 16])
 def test_the_sum_by_messages(count):
     values = spread(np.random.default_rng(3), count, 1003)
@@ -167,6 +193,11 @@ def test_what_lanes_refuse():
     net = place(MODELS["mlp"](), grid)
     with pytest.raises(ValueError, match=rf"has those as its micro-batches, here {2 * RANKS + 1}: leave out microbatches=2"):
         gradient(net, cross_entropy, grid, microbatches=2)
+    with pytest.raises(ValueError, match=r"threads is a whole number above 0, .* not 0"):
+        gradient(net, cross_entropy, grid, threads=0)
+    plain = Grid()
+    with pytest.raises(ValueError, match="1 on a grid without lanes or with a pipeline, not 2"):
+        gradient(place(MODELS["mlp"](), plain), cross_entropy, plain, threads=2)
     step = gradient(net, cross_entropy, grid)
     x, y = problem("mlp", 6 * RANKS)
     if RANKS > 1:

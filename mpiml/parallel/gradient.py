@@ -11,7 +11,7 @@ from mpi4py import MPI
 from mpiml import cores
 from mpiml import kernels as k
 from mpiml.data.batches import share
-from mpiml.lanes import Leaves, in_threads, samples_together, twin
+from mpiml.lanes import Leaves, in_threads, samples_together, twins
 from mpiml.nn import BatchNorm2d, Dropout
 from mpiml.schedule import ScheduleError, orders, owners, simulate
 
@@ -134,9 +134,9 @@ class _Plan:
         _same_weights(model, grid)
         self.actions = model.schedule(grid.stage, grid.pipe, self.microbatches)
         recomputed = recompute if isinstance(recompute, bool) else grid.stage in recompute
-        twins = min(threads, self.microbatches) - 1
+        more = min(threads, self.microbatches) - 1
         self.interpreters = [Interpreter(model, loss, recomputed, watch)] + [
-            Interpreter(twin(model, grid, model.link, model.costs), loss, recomputed, None) for _ in range(twins)]
+            Interpreter(model, loss, recomputed, None, twins(model)) for _ in range(more)]
         self.total = summation(grid, len(model.sums), model.sums.dtype)
         self.sums = self.total.rows[0]
         model.accumulate_in(self.sums)

@@ -31,11 +31,14 @@ class Interpreter:
     recompute : bool
         Keep only the inputs of the chunks, and run their forward pass again before the backward pass (Chen et al. 2016).
     watch : Watch or None
+    twins : dict, optional
+        From :func:`mpiml.lanes.twins`, for an interpreter in a thread of its own.
     """
 
-    def __init__(self, part, loss, recompute, watch):
+    def __init__(self, part, loss, recompute, watch, twins=None):
         self.part, self.loss, self.recompute, self.watch = part, loss, recompute, watch
         self.last = len(part.bounds) - 1
+        self.twins, self.tensors = twins, twins and list(twins.values())
 
     def run(self, actions, x, y, parts, number, first, leaves=None):
         """Compute the loss and accumulate the gradients of all micro-batches.
@@ -78,7 +81,7 @@ class Interpreter:
             arrived = perf_counter()
             m = action.microbatch
             if leaves and not isinstance(action, F):
-                leaves.at(m, self.part)
+                leaves.at(m, self.tensors)
                 unfinished[m] -= 1
             # Each in a function of its own, whose variables keep nothing alive when it is done.
             message = self._steps[type(action)](self, m, action.chunk, *received)
@@ -109,7 +112,7 @@ class Interpreter:
     def _compute(self, m, c, input):
         """The output of a chunk; of the last one, the loss."""
         start, stop = self.parts[m]
-        output = self.part.chunks[c](input, Step(self.number, self.first + start))
+        output = self.part.chunks[c](input, Step(self.number, self.first + start, self.twins))
         return self.loss(output, self.y[start:stop]) if c == self.last else output
 
     def _forward(self, m, c, array, buffer):
