@@ -22,6 +22,7 @@ from mpiml.schedule import SCHEDULES
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--pipe", type=int, help="stages (default: 4, 2 or 1, what the number of ranks is a multiple of)")
 parser.add_argument("--microbatches", type=int, help="in each replica's share of a batch (default: 2 for each stage)")
+parser.add_argument("--lanes", type=int, help="pieces of each batch, instead: with them, the same bits on any grid")
 parser.add_argument("--schedule", choices=SCHEDULES, default="one_f_one_b")
 parser.add_argument("--model", choices=["mlp", "cnn"], default="mlp")
 parser.add_argument("--epochs", type=int, default=5)
@@ -40,6 +41,8 @@ parser.add_argument("--resume", nargs="?", type=int, const=0, metavar="STEP",
 args = parser.parse_args()
 if args.epochs < 1:
     parser.error(f"--epochs must be 1 at least, not {args.epochs}")
+if args.lanes and args.microbatches:
+    parser.error("--lanes are the micro-batches of the whole batch: leave out --microbatches")
 if not args.checkpoint and (args.resume is not None or args.every):
     parser.error("--resume and --every need --checkpoint FOLDER")
 for file in args.draw, args.trace, args.save:
@@ -69,29 +72,32 @@ def say(text):
         print(text, flush=True)
 
 
-grid = Grid(pipe=args.pipe or math.gcd(4, Grid().size))
+grid = Grid(pipe=args.pipe or math.gcd(4, Grid().size), lanes=args.lanes)
 (x, y), (x_test, y_test) = mnist(args.data, grid)
 model = {"mlp": mlp, "cnn": cnn}[args.model](*x.shape[2:])
-microbatches = (2 * grid.pipe if grid.pipe > 1 else 1) if args.microbatches is None else args.microbatches
+microbatches = args.microbatches
+if microbatches is None and not args.lanes:
+    microbatches = 2 * grid.pipe if grid.pipe > 1 else 1
 
-sample = slice(max(1, args.batch // (grid.data * max(1, microbatches))))  # a micro-batch
+sample = slice(max(1, args.batch // (args.lanes or grid.data * max(1, microbatches))))  # a micro-batch
 costs = profile(model, prepare(x[sample]), grid, cross_entropy, y[sample], dtype=args.dtype)
 model = place(model, grid, args.seed, args.dtype, SCHEDULES[args.schedule], balance=costs)
-say(f"{len(x)} digits, {args.model}, batch {args.batch}, {grid.data} x {grid.pipe} ranks (data x pipe), {microbatches} "
-    f"micro-batches, {args.schedule}\n{model.report()}")
+say(f"{len(x)} digits, {args.model}, batch {args.batch}, {grid.data} x {grid.pipe} ranks (data x pipe), "
+    f"{f'{args.lanes} lanes' if args.lanes else f'{microbatches} micro-batches'}, {args.schedule}\n{model.report()}")
 
 in_epoch = len(batches(x, y, args.batch, grid=grid))
 steps = args.epochs * in_epoch
 # Not Adam, which makes steps of full size out of gradients that are nothing but rounding errors: with SGD the weights of
-# different grids can be compared.
+# different grids can be compared even without lanes.
 optimizer = SGD(model, lr=cosine(args.lr, steps), momentum=0.9)
 watch = Watch()
 step = gradient(model, cross_entropy, grid, microbatches, watch=watch)
-step(prepare(x[:grid.size]), y[:grid.size])  # loads or compiles the kernels, which is not training's time
+# Loads or compiles the kernels, which is not training's time.
+step(*next(iter(batches(x, y, args.batch, grid=grid, transform=prepare))))
 total, training = 0.0, 0.0
 if args.checkpoint:
     from mpiml.save import Checkpoints
-    settings = {"model": args.model, "batch": args.batch, "seed": args.seed}
+    settings = {"model": args.model, "batch": args.batch, "seed": args.seed, "lanes": args.lanes}
     checkpoints = Checkpoints(args.checkpoint, optimizer, settings, every=args.every)
     if args.resume is not None:
         total = checkpoints.load(args.resume or None, total=total)["total"]
