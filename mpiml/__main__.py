@@ -5,7 +5,7 @@ import functools
 import sys
 
 from mpiml import check as findings
-from mpiml import cores
+from mpiml import cores, restart
 from mpiml.kernels.warmup import warm_up
 from mpiml.schedule import SCHEDULES, picture, simulate, text
 
@@ -58,6 +58,11 @@ def _job(found, speaks):
     return job(found, speaks)
 
 
+def run(args):
+    """Run a job, such as mpirun -n 8 python train.py --checkpoint run --resume, and start it again if it fails."""
+    sys.exit(restart.run(args.job, args.restarts, args.fewer))
+
+
 def whole(text):
     number = int(text)
     if number < 1:
@@ -91,7 +96,14 @@ def main():
     command.set_defaults(run=warmup)
     command = commands.add_parser("check", help=check.__doc__, description=check.__doc__)
     command.set_defaults(run=check)
+    command = commands.add_parser("run", help=run.__doc__, description=run.__doc__)
+    command.add_argument("--restarts", type=whole, default=3, metavar="N", help="how often (default %(default)s)")
+    command.add_argument("--fewer", type=whole, default=0, metavar="N", help="so many ranks less (-n) at each restart")
+    command.add_argument("job", nargs=argparse.REMAINDER, metavar="COMMAND ...", help="the launcher's command")
+    command.set_defaults(run=run)
     args = parser.parse_args()
+    if args.run is run and not args.job:
+        parser.error("run needs the command of a job")
     try:
         args.run(args)
     except (ValueError, ImportError, OSError) as error:

@@ -25,9 +25,11 @@ ALLOWED = {
     "data": ({"data", "random"}, {"numpy", "pooch", "requests"}),
     "save": ({"data", "nn", "save"}, {"numpy", "safetensors"}),
     "schedule": ({"schedule"}, {"matplotlib", "numpy"}),
+    "restart.py": (set(), set()),
     "check.py": ({"__version__", "cores", "data", "kernels", "memory"}, {"llvmlite", "numba", "numpy", "threadpoolctl"}),
-    "__main__.py": ({"check", "cores", "kernels", "parallel", "schedule"}, set()),
-    "parallel": ({"__version__", "check", "cores", "data", "kernels", "lanes", "nn", "parallel", "schedule", "tensor"},
+    "__main__.py": ({"check", "cores", "kernels", "parallel", "restart", "schedule"}, set()),
+    "parallel": ({"__version__", "check", "cores", "data", "kernels", "lanes", "nn", "parallel", "restart", "schedule",
+                  "tensor"},
                  {"llvmlite", "mpi4py", "numba", "numpy", "tqdm"}),
 }
 FILES = sorted(PACKAGE.rglob("*.py"))

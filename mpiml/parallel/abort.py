@@ -18,6 +18,8 @@ import traceback
 
 from mpi4py import MPI
 
+from mpiml import restart
+
 # Of several ranks with an error only the first needs to speak: it ends the job before the others' turn. Those who
 # did not cause an error that all found together wait longer.
 _TURN, _COURTESY = 1.2, 2.5  # seconds
@@ -94,7 +96,10 @@ def end(text, code, summary=None):
 
 def install(comm):
     """Abort ``comm``'s job on uncaught exceptions of this process, in any thread; nothing changes on one rank."""
+    if comm.rank == 0:
+        restart.mark("started")
     if comm.size == 1:
+        atexit.register(restart.mark, "finished")
         return
 
     def report(kind, error, trace):
@@ -118,6 +123,8 @@ def install(comm):
         code = _Exit.pending
         if code not in (None, 0) and not MPI.Is_finalized():
             end(f"sys.exit({code!r})\n", code if isinstance(code, int) else 1)
+        if comm.rank == 0 or farewells_of_survivors:
+            restart.mark("finished")
         for leave_together in farewells_of_survivors:
             leave_together()
             # Open MPI 5.0 often hangs in MPI_Finalize for ever when it has lost two ranks or more.
