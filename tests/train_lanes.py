@@ -74,7 +74,6 @@ if __name__ == "__main__":
         if grid.rank == int(rank):
             threading.Timer(float(seconds), os.kill, (os.getpid(), signal.SIGKILL)).start()
     train(net, step, x, y, 512, 50, RanksLost, grid=grid, multiple=4 if args.model == "conv_net" else 1)
-    print("finished", grid.size) if grid.rank == 0 else None
     weights = net.collect()
     if grid.rank == 0:
         print("weights", digest(weights))
