@@ -96,7 +96,8 @@ def end(text, code, summary=None):
 
 def install(comm):
     """Abort ``comm``'s job on uncaught exceptions of this process, in any thread; nothing changes on one rank."""
-    if comm.rank == 0:
+    first = comm.rank == 0
+    if first:
         restart.mark("started")
     if comm.size == 1:
         atexit.register(restart.mark, "finished")
@@ -123,7 +124,7 @@ def install(comm):
         code = _Exit.pending
         if code not in (None, 0) and not MPI.Is_finalized():
             end(f"sys.exit({code!r})\n", code if isinstance(code, int) else 1)
-        if comm.rank == 0 or farewells_of_survivors:
+        if first or farewells_of_survivors:
             restart.mark("finished")
         for leave_together in farewells_of_survivors:
             leave_together()
