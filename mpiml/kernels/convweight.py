@@ -69,7 +69,9 @@ def broadcast_products(x, xi, x_row, x_pixel, g, gi, g_row, pixels, samples, tot
     r = 0
     while r < rows:
         left = rows - r
-        step = 5 if left == 9 else 8 if left >= 8 else 4 if left >= 4 else 2 if left >= 2 else 1
+        # Tiles of fewer rows than 4 wait for their own results: fives first, until the others are a multiple of 4.
+        fives = left % 4 * 5
+        step = 5 if 0 < fives <= left else 8 if left >= 8 else 4 if left >= 4 else 2 if left >= 2 else 1
         for o in range(0, outputs, lanes(g)):
             task = (x, xi + r * x_row, x_row, x_pixel, g, gi + o, g_row, pixels, samples, total, ti + r * t_row + o, t_row)
             if step == 8:

@@ -233,16 +233,25 @@ def turn_part(typing, a, i, a_row, b, j, b_row, rows, columns):
             present = builder.icmp_signed("<", ir.Constant(inside.type, m), inside)
             return builder.select(present, along, ir.Constant(along.type, 0))
 
-        vectors, position = [], args[1]
-        for m in range(kind.lanes):
-            vectors.append(emit_load(builder, kind, emit_pointer(context, builder, a, args[0], position, kind),
-                                 part(m, args[6], args[7])))
-            position = builder.add(position, args[2])
-        position = args[4]
-        for m, vector in enumerate(_turned(builder, kind, vectors)):
-            emit_store(builder, kind, vector, emit_pointer(context, builder, b, args[3], position, kind),
-                       part(m, args[7], args[6]))
-            position = builder.add(position, args[5])
+        def move(whole):
+            vectors, position = [], args[1]
+            for m in range(kind.lanes):
+                vectors.append(emit_load(builder, kind, emit_pointer(context, builder, a, args[0], position, kind),
+                                         None if whole else part(m, args[6], args[7])))
+                position = builder.add(position, args[2])
+            position = args[4]
+            for m, vector in enumerate(_turned(builder, kind, vectors)):
+                emit_store(builder, kind, vector, emit_pointer(context, builder, b, args[3], position, kind),
+                           None if whole else part(m, args[7], args[6]))
+                position = builder.add(position, args[5])
+
+        full = ir.Constant(args[6].type, kind.lanes)
+        whole = builder.and_(*(builder.icmp_signed(">=", n, full) for n in args[6:]))
+        with builder.if_else(whole) as (then, otherwise):  # masks double the time
+            with then:
+                move(True)
+            with otherwise:
+                move(False)
         return context.get_dummy_value()
 
     return types.none(a, types.intp, types.intp, b, types.intp, types.intp, types.intp, types.intp), code
