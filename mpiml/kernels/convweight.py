@@ -15,7 +15,7 @@ import numpy as np
 
 from . import aligned
 from .jit import kernel
-from .simd import lanes, load, load_part, out_of_line, reduce_add, splat, store
+from .simd import lanes, load, load_part, out_of_line, reduce_add, splat, store, store_part
 from .taps import COUNT, FIRST, SOURCE, forward_taps
 from .tile import fetch_tile, lanewise, load_row, load_tile, outer, store_tile, tile_add, turn_part, zero_tile
 
@@ -131,9 +131,18 @@ def _dots(x, xi, x_row, x_block, x_pixel, g, gi, g_row, g_pixel, pixels, samples
         o += high
 
 
+@kernel(exact=True, reads="g")
+def _turn_pixel(g, gi, samples, out, turned, ti, row):
+    """Write the ``out`` x ``samples`` elements of a pixel of ``g`` as rows of output channels, ``row`` apart."""
+    out_of_line()
+    for o in range(0, out, lanes(g)):
+        for i in range(0, samples, lanes(g)):
+            turn_part(g, gi + o * samples + i, samples, turned, ti + i * row + o, row, out - o, samples - i)
+
+
 @kernel(exact=True, reads="g x", writes="dw")
 def weight_gradient(g, x, dw, stride, padding, dilation, groups):
-    """``conv2d_vjp_weight`` of ``g`` and ``x`` that lie batch innermost."""
+    """``conv2d_vjp_weight`` of ``g`` and ``x`` that lie batch innermost; the outputs of ``dw`` lie side by side."""
     out_of_line()
     samples, channels, height, width = x.shape
     _, out, oh, ow = g.shape
@@ -171,10 +180,7 @@ def weight_gradient(g, x, dw, stride, padding, dilation, groups):
             end = min(begin + chunk, ow)
             if broadcast:
                 for ox in range(begin, end):
-                    for o in range(0, out, full):
-                        for i in range(0, samples, full):
-                            turn_part(g, ((oy * ow + ox) * out + o) * samples + i, samples,
-                                      turned, ((ox - begin) * samples + i) * g_row + o, g_row, out - o, samples - i)
+                    _turn_pixel(g, (oy * ow + ox) * out * samples, samples, out, turned, (ox - begin) * samples * g_row, g_row)
             for group in range(groups):
                 for tap in range(lines[oy, COUNT]):
                     ky, iy = lines[oy, FIRST] + tap, lines[oy, SOURCE] + tap * line_step
@@ -204,16 +210,19 @@ def weight_gradient(g, x, dw, stride, padding, dilation, groups):
                                       next_ox - ox, samples, total, vi + r * full, kh * rows * full, 9 if blocks else n,
                                       outputs)
                         ox = next_ox
-    for o in range(len(dw)):
-        for c in range(inners):
-            for ky in range(kh):
-                for kx in range(kw):
-                    at = (o // outputs * kh + ky) * rows * line
-                    r, k = kx * inners + c, o % outputs
+    down, right, inward = dw.strides[2] // dw.itemsize, dw.strides[3] // dw.itemsize, dw.strides[1] // dw.itemsize
+    for group in range(groups):
+        for ky in range(kh):
+            for kx in range(kw):
+                for c in range(inners):
+                    r, at = kx * inners + c, ky * down + kx * right + c * inward + group * outputs
                     if broadcast:
-                        dw[o, c, ky, kx] = total[at + r * line + k]
+                        for o in range(0, outputs, full):
+                            store_part(dw, at + o, load(total, ((group * kh + ky) * rows + r) * line + o), outputs - o)
                     else:
-                        dw[o, c, ky, kx] = reduce_add(load(total, ((o * kh + ky) * rows + r) * full))
+                        for o in range(outputs):
+                            dw[group * outputs + o, c, ky, kx] = reduce_add(
+                                load(total, (((group * outputs + o) * kh + ky) * rows + r) * full))
 
 
 @kernel(exact=True, reads="g", writes="db")
