@@ -251,7 +251,7 @@ def turn_part(typing, a, i, a_row, b, j, b_row, rows, columns):
 
         full = ir.Constant(args[6].type, kind.lanes)
         whole = builder.and_(*(builder.icmp_signed(">=", n, full) for n in args[6:]))
-        with builder.if_else(whole) as (then, otherwise):  # masks double the time
+        with builder.if_else(whole) as (then, otherwise):  # a square without masks takes a tenth to a half less time
             with then:
                 move(True)
             with otherwise:
