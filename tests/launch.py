@@ -37,28 +37,34 @@ def environment(**more):
     return clean | OPEN_MPI | more
 
 
+def start(ranks, *command, env=None, python=sys.executable, flags=()):
+    """Start ``python *command`` on ``ranks`` ranks: the launcher's process, and what :func:`alive` knows the job's by."""
+    token = uuid.uuid4().hex
+    return subprocess.Popen([launcher(python), *flags, "-n", str(ranks), python, *command], cwd=ROOT, text=True,
+                            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            start_new_session=True, env=(env or environment()) | {"MPIML_TEST_JOB": token}), token
+
+
 def mpirun(ranks, *command, timeout=120, env=None, python=sys.executable, flags=()):
     """Run ``python *command`` on ``ranks`` ranks; after ``timeout`` seconds all its processes are killed."""
-    token = uuid.uuid4().hex
-    job = subprocess.Popen([launcher(python), *flags, "-n", str(ranks), python, *command], cwd=ROOT, text=True,
-                           stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                           start_new_session=True, env=(env or environment()) | {"MPIML_TEST_JOB": token})
+    job, token = start(ranks, *command, env=env, python=python, flags=flags)
     try:
         out, err = job.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
-        for process in _alive(token):
+        for process in alive(token):
             process.kill()
         out, err = job.communicate()
         raise AssertionError(f"{' '.join(command)} on {ranks} ranks did not end within {timeout} s\n{out}\n{err}") from None
     end = time.time()
-    psutil.wait_procs(_alive(token), timeout=2)
-    left = _alive(token)
+    psutil.wait_procs(alive(token), timeout=2)
+    left = alive(token)
     for process in left:
         process.kill()
     return Run(job.returncode, out, err, end, left)
 
 
-def _alive(token):
+def alive(token):
+    """The processes of a job."""
     # Launchers start their processes in sessions of their own; what all have is this job's environment.
     found = []
     for process in psutil.process_iter():

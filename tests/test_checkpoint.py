@@ -30,8 +30,8 @@ from mpiml.optim import LAMB, LARS, SGD, Adam, AdamW
 from mpiml.parallel import Grid, RankError, gradient, place
 
 safetensors = pytest.importorskip("safetensors.numpy")
-checkpoints = pytest.importorskip("mpiml.save.checkpoints")
-from mpiml.save import STOPPED, Checkpoints, load  # noqa: E402
+from mpiml.save import STOPPED, Checkpoints, load, writing  # noqa: E402
+from mpiml.save import folder as disk  # noqa: E402
 from mpiml.save.checkpoint import _seal, seal, split  # noqa: E402
 
 GRID = Grid()
@@ -535,7 +535,7 @@ def failing_on_the_last_rank(monkeypatch, error):
     def fail(path, arrays):
         raise error
     if GRID.rank == LAST:
-        monkeypatch.setattr(checkpoints, "write", fail)
+        monkeypatch.setattr(writing, "write", fail)
 
 
 def still_whole(folder, training):
@@ -558,7 +558,7 @@ def test_a_checkpoint_that_cannot_be_replaced_stays(folder, monkeypatch):
     training.checkpoints.save()
     saved = training.state()
     with monkeypatch.context() as patch:
-        patch.setattr("mpiml.save.checkpoints._sync", broken_sync)
+        patch.setattr("mpiml.save.folder._sync", broken_sync)
         training.model.vector[...] = 5
         refused(RankError, "rank 0 failed in writing .*step_1: OSError", training.checkpoints.save)
     GRID.all(True)
@@ -602,8 +602,8 @@ def test_the_first_rank_cannot_complete_it(kind, folder, monkeypatch):
            "publish": ("os.replace", lambda path: path.endswith("latest.tmp")),
            "folder": ("os.mkdir", lambda path: path.endswith("step_2.tmp"))}[kind]
     with monkeypatch.context() as patch:
-        patch.setattr(f"mpiml.save.checkpoints.{bad[0]}",
-                      failing(checkpoints._put if bad[0] == "_put" else getattr(os, bad[0][3:]), bad[1]))
+        patch.setattr(f"mpiml.save.folder.{bad[0]}",
+                      failing(disk._put if bad[0] == "_put" else getattr(os, bad[0][3:]), bad[1]))
         refused(RankError, r"rank 0 failed in (writing|making) .*step_2.*: OSError: \[Errno 5\] Input/output error",
                 training.checkpoints.save)
     still_whole(folder, training)
@@ -680,7 +680,7 @@ def until(countdown, function):
 @alone
 @pytest.mark.parametrize("again", [False, True], ids=["new step", "same step"])
 def test_a_crash_before_any_operation_of_the_disk(again, tmp_path, monkeypatch):
-    operations = [(checkpoints, "write"), (checkpoints, "_put"), (checkpoints, "_sync"), (os, "mkdir"), (os, "replace"),
+    operations = [(writing, "write"), (disk, "_put"), (disk, "_sync"), (os, "mkdir"), (os, "replace"),
                   (shutil, "rmtree")]
     crash_at, survived = 0, []
     while len(survived) == crash_at:
@@ -723,13 +723,13 @@ def test_a_writer_killed_at_any_moment(tmp_path):
 
 def test_training_goes_on_while_a_thread_writes(folder, monkeypatch):
     training = Training(folder, GRID, every=2).step(2)
-    saved, write, go = training.state(), checkpoints.write, threading.Event()
+    saved, write, go = training.state(), writing.write, threading.Event()
 
     def patient(path, arrays):
         assert GRID.rank < LAST or go.wait(60)
         return write(path, arrays)
 
-    monkeypatch.setattr(checkpoints, "write", patient)
+    monkeypatch.setattr(writing, "write", patient)
     training.checkpoints.step()
     training.checkpoints._every = None
     for _ in range(9):

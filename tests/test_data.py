@@ -353,7 +353,7 @@ def test_pixels():
 # --- Batches --------------------------------------------------------------------------------------------------
 
 def grid(rank, ranks):
-    return SimpleNamespace(replica=rank, data=ranks, lanes=None, generation=0, same=lambda what, value: None)
+    return SimpleNamespace(replica=rank, data=ranks, lanes=None, undone=0, same=lambda what, value: None)
 
 
 def epoch(ranks, n, size, **options):
@@ -388,6 +388,18 @@ def test_a_last_batch_that_is_smaller_than_the_ranks():
     assert sorted(map(len, last)) == [0, 0, 0, 0, 0, 1, 1, 1]
     x, y = list(batches(np.zeros((9, 2), np.float32), np.zeros(9, int), 8, grid=grid(0, 8)))[-1]
     assert (x.shape, x.dtype, y.shape, y.dtype) == ((0, 2), np.float32, (0,), np.dtype(int))
+
+
+def test_a_batch_comes_again_if_its_step_was_undone_and_only_then():
+    smaller = grid(0, 4)
+    seen = []
+    for _, y in batches(np.zeros(24), np.arange(24), 8, shuffle=False, grid=smaller):
+        seen.append(y.tolist())
+        if len(seen) == 1:
+            smaller.data = 2  # lost elsewhere, after the step
+        if len(seen) == 2:
+            smaller.data, smaller.undone = 1, 1  # lost in the step
+    assert seen == [[0, 1], [8, 9, 10, 11], list(range(8, 16)), list(range(16, 24))]
 
 
 def test_the_order_depends_on_seed_and_epoch_alone():
@@ -437,7 +449,7 @@ def test_batches_that_cannot_be(n, labels, ranks, options, message):
 
 def test_ranks_compare_what_they_ask_for():
     asked = []
-    ranks = SimpleNamespace(replica=0, data=1, lanes=None, generation=0, same=lambda what, value: asked.append(value))
+    ranks = SimpleNamespace(replica=0, data=1, lanes=None, undone=0, same=lambda what, value: asked.append(value))
     base = {"size": 4, "epoch": 0, "seed": 0, "shuffle": True, "multiple": 1}
     for change in {}, {"size": 5}, {"epoch": 1}, {"seed": 1}, {"shuffle": False}, {"multiple": 2}:
         batches(np.zeros(8), np.zeros(8), grid=ranks, **(base | change))

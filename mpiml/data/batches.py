@@ -89,17 +89,16 @@ class batches:
     def __len__(self):
         return -(-len(self.x) // self.size) - self.start
 
-    def _ranks(self):
-        grid = self.grid
-        return (grid.generation, grid.replica, grid.data, grid.lanes) if grid else (0, 0, 1, None)
-
     def __iter__(self):
+        grid = self.grid
         for begin in range(self.start * self.size, len(self.x), self.size):
             batch = self.order[begin:begin + self.size]
-            seen = None
-            while seen != (now := self._ranks()):  # once, and once more with other shares whenever ranks were lost meanwhile
-                seen = now
-                _, rank, ranks, lanes = now
+            tries = None
+            # Once, and once more in other shares whenever a step was undone. Ranks that were lost elsewhere, in an evaluation,
+            # say, undid no step.
+            while tries != (now := grid.undone if grid else 0):
+                tries = now
+                rank, ranks, lanes = (grid.replica, grid.data, grid.lanes) if grid else (0, 1, None)
                 start, stop = share(len(batch), rank, ranks, self.multiple, lanes)
                 mine = batch[start:stop]
                 x = self.x[mine]

@@ -61,6 +61,8 @@ class Grid:
         without a pipeline.
     generation : int
         How many times ranks were lost.
+    undone : int
+        How many times the program was told so by a RanksLost, and is to try again what it was at.
 
     Raises
     ------
@@ -84,7 +86,7 @@ class Grid:
             raise ValueError(f"lanes is a whole number of pieces of a batch, one at least for each of the {self.data} "
                              f"replicas, not {lanes!r}")
         self.lanes = lanes
-        self.generation, self._attempting = 0, False
+        self.generation, self.undone, self._attempting = 0, 0, False
         self.elastic = ELASTIC and pipe == 1
         self._divide(comm)
 
@@ -111,6 +113,13 @@ class Grid:
         RanksLost
             On all ranks that are left: some died. The grid is then a smaller one, and ``generation`` one more.
         """
+        try:
+            return self._attempt(work, *args)
+        except RanksLost:
+            self.undone += not self._attempting
+            raise
+
+    def _attempt(self, work, *args):
         if not self.elastic or self._attempting:
             return work(*args)
         self._attempting = True
@@ -141,7 +150,7 @@ class Grid:
         """:meth:`attempt`, and on as many ranks as are left until it is done: for work that changes nothing."""
         while True:
             try:
-                return self.attempt(work, *args)
+                return self._attempt(work, *args)
             except RanksLost:
                 if self._attempting or not self.elastic:
                     raise

@@ -48,6 +48,20 @@ def _rows(shape):
     return shape[0] if shape else 1
 
 
+def plain(what, values):
+    """A copy of ``values`` as a manifest carries them; ``what`` they are is for the error.
+
+    Raises
+    ------
+    ValueError
+        JSON cannot carry them.
+    """
+    try:
+        return json.loads(json.dumps(values, allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{what} of a checkpoint are text, finite numbers, lists and dicts of these: {error}") from error
+
+
 def seal(content):
     """The bytes of a manifest, the last line of which is the SHA-256 of all before it."""
     head = _lines(content, 2).removesuffix("\n}").encode()
