@@ -23,7 +23,7 @@ ALLOWED = {
     "optim.py": ({"kernels", "nn"}, {"numpy"}),
     "metrics.py": (set(), {"numpy"}),
     "data": ({"data", "random"}, {"numpy", "pooch", "requests"}),
-    "save": ({"data", "nn", "save"}, {"numpy", "safetensors"}),
+    "save": ({"data", "nn", "restart", "save"}, {"numpy", "safetensors"}),
     "schedule": ({"schedule"}, {"matplotlib", "numpy"}),
     "restart.py": (set(), set()),
     "check.py": ({"__version__", "cores", "data", "kernels", "memory"}, {"llvmlite", "numba", "numpy", "threadpoolctl"}),

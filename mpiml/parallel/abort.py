@@ -122,7 +122,7 @@ def install(comm):
 
     def goodbye():
         code = _Exit.pending
-        if code not in (None, 0) and not MPI.Is_finalized():
+        if code not in (None, 0, restart.STOPPED) and not MPI.Is_finalized():
             end(f"sys.exit({code!r})\n", code if isinstance(code, int) else 1)
         if first or farewells_of_survivors:
             restart.mark("finished")
@@ -131,7 +131,7 @@ def install(comm):
             # Open MPI 5.0 often hangs in MPI_Finalize for ever when it has lost two ranks or more.
             sys.stdout.flush()
             sys.stderr.flush()
-            os._exit(0)
+            os._exit(code or 0)
 
     sys.excepthook = report
     threading.excepthook = report_thread

@@ -4,7 +4,9 @@
 that a training needs to go on where it was, on one rank or many.
 """
 
-from .checkpoints import STOPPED, Checkpoints
+from mpiml.restart import STOPPED
+
+from .checkpoints import Checkpoints
 from .weights import load, save
 
 __all__ = ["STOPPED", "Checkpoints", "load", "save"]

@@ -16,6 +16,8 @@ from time import monotonic
 
 import numpy as np
 
+from mpiml.restart import STOPPED
+
 from .alone import Alone
 from .checkpoint import MANIFEST, Checkpoint, contents, plain
 from .folder import Folder
@@ -23,7 +25,6 @@ from .signals import Signals
 from .state import State
 from .writing import Writing
 
-STOPPED = 75  # EX_TEMPFAIL of <sysexits.h>: not done, start it again
 _SECONDS, _STEPS = 0.1, 100  # the ranks talk after so much time, and after so many steps at the latest
 
 
@@ -166,7 +167,7 @@ class Checkpoints:
             saved = self._folder.of(self._begun)
             sys.stderr.write(f"mpiml: {signal.Signals(asked).name}: saved {saved}; exit status {STOPPED}\n")
             sys.stderr.flush()
-        raise SystemExit(STOPPED)
+        sys.exit(STOPPED)
 
     def _claim(self, at):
         """Refuse to mix with the checkpoints of another training, or what load would refuse."""
