@@ -186,6 +186,22 @@ def flat(typing, a):
 
 
 @intrinsic
+def borrowed(typing, a):
+    """The array ``a``, not counted as a reference to its memory: for arguments of a kernel, which its caller keeps alive.
+
+    A function that is handed an array counts a reference, even where it is inlined. Where that is once for each row, it
+    takes longer than the row: all stores before it must be done, and all vectors leave the registers.
+    """
+    def code(context, builder, signature, args):
+        view = context.make_array(a)(context, builder, args[0])
+        for name in "meminfo", "parent":
+            setattr(view, name, cgutils.get_null_value(getattr(view, name).type))
+        return view._getvalue()
+
+    return a(a), code
+
+
+@intrinsic
 def splat(typing, x):
     """The vector with the float32 or float64 ``x`` in all lanes."""
     kind = Vector(x)

@@ -9,7 +9,7 @@ import numpy as np
 from .jit import kernel
 from .polynomial import exp_of_negative, log, vector_function
 from .public import check_dtypes, output, public, refuse
-from .simd import first_lanes, fma, lanes, load, load_part, maximum, reduce_add, reduce_max, select, splat, store, store_part
+from .simd import borrowed, first_lanes, fma, lanes, load, load_part, maximum, reduce_add, reduce_max, select, splat, store, store_part
 
 _NOTHING = -np.inf  # what the lanes behind the end of a row hold: exp of it is 0
 
@@ -76,6 +76,7 @@ BLOCK = 16
 @kernel(exact=True)
 def block_exponentials(x, y, first, rows, n, tops, totals):
     """exp(x - top) of some rows, with the rows' tops and the sums."""
+    x, y = borrowed(x), borrowed(y)
     for i in range(rows):
         tops[i] = row_top(x, (first + i) * n, n)
     for i in range(rows):
@@ -105,7 +106,7 @@ def _softmax(x, y):
         m = min(block, rows - first)
         block_exponentials(x, y, first, m, n, tops, totals)
         for i in range(m):
-            row_scale(y, (first + i) * n, n, x.dtype.type(1) / totals[i])
+            row_scale(borrowed(y), (first + i) * n, n, x.dtype.type(1) / totals[i])
 
 
 @kernel(exact=True, reads="x", writes="y")
