@@ -296,15 +296,14 @@ def backward(root, gradient=None, wrt=None, later=None):
                 if type(part) is not np.ndarray or part.shape != argument.shape or part.dtype != argument.dtype:
                     _check(part, argument, joint or vjp)
                 if argument in gradients:
-                    # What a joint vjp made for this argument alone is memory to write to.
-                    own = part if joint is not None and sum(other is part for other in parts) == 1 else None
-                    part = np.add(gradients[argument], part, out=own)
+                    own = joint is not None and _is_own(part, parts)
+                    part = np.add(gradients[argument], part, out=part if own else None)
                 gradients[argument] = part
                 if not left:
                     ready.append(argument)
             else:
                 if part is not None or joint is None:  # else it was added
-                    _accumulate(argument, part, joint or vjp)
+                    _accumulate(argument, part, joint or vjp, joint is not None and _is_own(part, parts))
                 if not left:
                     yield argument
 
@@ -317,6 +316,11 @@ def _all(edges, joint, g):
     for argument, i in edges:
         offers[i] = True if argument.grad is None else argument.grad
     return joint(g, offers)
+
+
+def _is_own(part, parts):
+    """Whether a joint vjp, which returned ``parts``, made this one for one argument alone: memory to write to, and to keep."""
+    return isinstance(part, np.ndarray) and sum(other is part for other in parts) == 1
 
 
 def _contribute(edges, joint, g, parts):
@@ -347,10 +351,10 @@ def _count_uses(root):
     return uses
 
 
-def _accumulate(leaf, part, source):
+def _accumulate(leaf, part, source, own=False):
     _check(part, leaf, source)
     if leaf.grad is None:
-        leaf.grad = np.array(part)  # a copy: a vjp may return its argument
+        leaf.grad = part if own else np.array(part)  # a copy: a vjp may return its argument
     else:
         leaf.grad += part
 

@@ -4,7 +4,7 @@ import numpy as np
 
 from .jit import kernel
 from .public import check_dtypes, output, public, refuse
-from .simd import first_lanes, lanes, load, load_part, reduce_add, select, splat, store, store_part
+from .simd import borrowed, first_lanes, lanes, load, load_part, reduce_add, select, splat, store, store_part
 from .softmax import BLOCK, block_exponentials, block_rows, log_totals, row_scale
 
 
@@ -24,9 +24,10 @@ def _label_loss(x, labels, smoothing, ignore, p):
     tops, totals = np.ones(BLOCK, x.dtype), np.ones(BLOCK, x.dtype)
     block = block_rows(n)
     loss = 0.0
+    x, p = borrowed(x), borrowed(p)
     for first in range(0, rows, block):
         m = min(block, rows - first)
-        block_exponentials(x, p, first, m, n, tops, totals)
+        block_exponentials(x, first * n, p, first * n, m, n, tops, totals)
         for i in range(m):
             row_scale(p, (first + i) * n, n, x.dtype.type(labels[first + i] != ignore) / totals[i])
         log_totals(totals)

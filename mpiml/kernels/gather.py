@@ -5,7 +5,7 @@ from numba.extending import overload
 
 from .jit import kernel
 from .public import check_dtypes, contiguous_output, output, public, refuse
-from .simd import lanes, load, load_part, store, store_part
+from .simd import lanes, load, load_part, splat, store, store_part
 
 
 @kernel
@@ -55,10 +55,14 @@ def _scatter_add(g, ids, out, add):
                 store(out, to + j, load(g, at + j))
             if rest:
                 store_part(out, to + whole, load_part(g, at + whole, rest), rest)
+    zero = splat(out.dtype.type(0))
     for row in range(rows):
         if not used[row]:
-            for j in range(features):
-                out[row, j] = 0
+            to = row * (out.strides[0] // out.itemsize)
+            for j in range(to, to + whole, width):
+                store(out, j, zero)
+            if rest:
+                store_part(out, to + whole, zero, rest)
 
 
 def _refuse_id(ids, bad, rows):

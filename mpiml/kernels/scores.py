@@ -11,7 +11,7 @@ possible: what lies above the diagonal is not computed.
 from .gemm import ROWS, VECTORS, column_of_tiles
 from .jit import kernel
 from .polynomial import exp_of_negative, number, vector_function
-from .simd import first_lanes, lanes, load, load_part, out_of_line, select, splat, store
+from .simd import borrowed, first_lanes, lanes, load, load_part, out_of_line, select, splat, store
 from .softmax import row_exponentials, row_scale, row_top
 
 QUERIES = 4 * ROWS  # in a block
@@ -112,6 +112,7 @@ def exponentials(s, out, oi, o_row, columns, i0, rows, j0, n, causal, top, total
     ``top`` and ``total`` are, for each row, this largest score and the sum; ``factor`` and ``base`` are memory to use.
     """
     out_of_line()
+    s, out = borrowed(s), borrowed(out)
     for first in range(0, rows, ROWS):
         reach = _reach(s, i0 + first, j0, n, causal)
         for r in range(first, min(rows, first + ROWS)):
@@ -137,6 +138,7 @@ def exponentials(s, out, oi, o_row, columns, i0, rows, j0, n, causal, top, total
 def slopes(s, ds, i0, rows, j0, n, causal, logsumexp, delta):
     """In place of scores s their probabilities; in place of gradients ds for these, those for the scores."""
     out_of_line()
+    s = borrowed(s)
     step = lanes(s)
     for first in range(0, rows, ROWS):
         reach = _reach(s, i0 + first, j0, n, causal)

@@ -18,7 +18,6 @@ import operator
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
-from numba.core.imputils import impl_ret_borrowed
 from numba.extending import intrinsic, overload
 
 from .registers import (
@@ -171,7 +170,8 @@ def load_whole(typing, a, i, like, count):
 def flat(typing, a):
     """The memory of the array ``a`` as an array of one axis.
 
-    Kernels that go by flat positions alone take this, and are compiled once for arrays of any number of axes.
+    Kernels that go by flat positions alone take this, and are compiled once for arrays of any number of axes. It is
+    :func:`borrowed`: the array must be kept alive.
     """
     kind = types.Array(a.dtype, 1, "A", readonly=not a.mutable)
 
@@ -179,10 +179,26 @@ def flat(typing, a):
         from numba.np.arrayobj import populate_array  # brings strings and sets along, which only compiling needs
         source, result = context.make_array(a)(context, builder, args[0]), context.make_array(kind)(context, builder)
         populate_array(result, data=source.data, shape=[source.nitems], strides=[source.itemsize], itemsize=source.itemsize,
-                       meminfo=source.meminfo, parent=source.parent)
-        return impl_ret_borrowed(context, builder, kind, result._getvalue())
+                       meminfo=None)
+        return result._getvalue()
 
     return kind(a), code
+
+
+@intrinsic
+def borrowed(typing, a):
+    """The array ``a``, not counted as a reference to its memory: for arguments of a kernel, which its caller keeps alive.
+
+    A function that is handed an array counts a reference, even where it is inlined. Where that is once for each row, it
+    takes longer than the row: all stores before it must be done, and all vectors leave the registers.
+    """
+    def code(context, builder, signature, args):
+        view = context.make_array(a)(context, builder, args[0])
+        for name in "meminfo", "parent":
+            setattr(view, name, cgutils.get_null_value(getattr(view, name).type))
+        return view._getvalue()
+
+    return a(a), code
 
 
 @intrinsic

@@ -9,7 +9,21 @@ import numpy as np
 from .jit import kernel
 from .polynomial import exp_of_negative, log, vector_function
 from .public import check_dtypes, output, public, refuse
-from .simd import first_lanes, fma, lanes, load, load_part, maximum, reduce_add, reduce_max, select, splat, store, store_part
+from .simd import (
+    borrowed,
+    first_lanes,
+    fma,
+    lanes,
+    load,
+    load_part,
+    maximum,
+    reduce_add,
+    reduce_max,
+    select,
+    splat,
+    store,
+    store_part,
+)
 
 _NOTHING = -np.inf  # what the lanes behind the end of a row hold: exp of it is 0
 
@@ -74,12 +88,13 @@ BLOCK = 16
 
 
 @kernel(exact=True)
-def block_exponentials(x, y, first, rows, n, tops, totals):
-    """exp(x - top) of some rows, with the rows' tops and the sums."""
+def block_exponentials(x, at, y, to, rows, n, tops, totals):
+    """Write exp(x - top) of the rows from position ``at`` to ``y`` from position ``to``; the rows' tops and the sums."""
+    x, y = borrowed(x), borrowed(y)
     for i in range(rows):
-        tops[i] = row_top(x, (first + i) * n, n)
+        tops[i] = row_top(x, at + i * n, n)
     for i in range(rows):
-        totals[i] = row_exponentials(x, (first + i) * n, n, tops[i], y, (first + i) * n)
+        totals[i] = row_exponentials(x, at + i * n, n, tops[i], y, to + i * n)
 
 
 @vector_function
@@ -101,9 +116,10 @@ def _softmax(x, y):
     rows, n = x.shape
     tops, totals = np.ones(BLOCK, x.dtype), np.ones(BLOCK, x.dtype)
     block = block_rows(n)
+    x, y = borrowed(x), borrowed(y)
     for first in range(0, rows, block):
         m = min(block, rows - first)
-        block_exponentials(x, y, first, m, n, tops, totals)
+        block_exponentials(x, first * n, y, first * n, m, n, tops, totals)
         for i in range(m):
             row_scale(y, (first + i) * n, n, x.dtype.type(1) / totals[i])
 
@@ -117,7 +133,7 @@ def _log_softmax(x, y):
     block = block_rows(n)
     for first in range(0, rows, block):
         m = min(block, rows - first)
-        block_exponentials(x, y, first, m, n, tops, totals)
+        block_exponentials(x, first * n, y, first * n, m, n, tops, totals)
         log_totals(totals)
         for i in range(m):
             at = (first + i) * n
@@ -219,13 +235,11 @@ def log_softmax_vjp(g, y, out=None):
 def _log_sum_exp(x, y):
     rows, n = x.shape
     tops, totals = np.ones(BLOCK, x.dtype), np.ones(BLOCK, x.dtype)
-    scratch = np.empty((1, n), x.dtype)
     block = block_rows(n)
+    scratch = np.empty(block * n, x.dtype)
     for first in range(0, rows, block):
         m = min(block, rows - first)
-        for i in range(m):
-            tops[i] = row_top(x, (first + i) * n, n)
-            totals[i] = row_exponentials(x, (first + i) * n, n, tops[i], scratch, 0)
+        block_exponentials(x, first * n, scratch, 0, m, n, tops, totals)
         log_totals(totals)
         for i in range(m):
             y[first + i] = tops[i] + totals[i]
