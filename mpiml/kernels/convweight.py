@@ -19,10 +19,14 @@ from .taps import COUNT, FIRST, SOURCE, forward_taps
 from .tile import lanewise, load_row, load_tile, outer, store_tile, tile_add, turn_part, zero_tile
 
 CHAIN, SHORT = 4096, 256  # most and fewest terms of a sum before it is added to the total
-NEAR = 1 << 16  # bytes of g that are used for all taps before the next ones
+NEAR = 1 << 16  # bytes of g, at most, that are used for all taps before the next ones
 
 
 def _make_broadcast(rows):
+    """A kernel that adds to ``rows`` rows of ``total`` the sums over pixels and samples of x times a vector of outputs of g.
+
+    Rows of x are ``x_row`` apart, samples of g ``g_row``; x has a sample behind the other, and pixels ``x_pixel`` apart.
+    """
     @kernel(exact=True, reads="x")
     def tile(x, xi, x_row, x_pixel, g, gi, g_row, pixels, samples, total, ti, t_row):
         out_of_line()
@@ -39,6 +43,10 @@ def _make_broadcast(rows):
 
 
 def _make_dots(rows, columns):
+    """A kernel that adds to a tile of ``total`` the products of ``rows`` outputs of g and ``columns`` rows of x.
+
+    What is added up is a vector for each, of which a lane has every so many-th sample.
+    """
     size = rows * columns
 
     @kernel(exact=True, reads="g x")
@@ -69,6 +77,7 @@ def broadcast_products(x, xi, x_row, x_pixel, g, gi, g_row, pixels, samples, tot
     r = 0
     while r < rows:
         left = rows - r
+        # 9, the taps of a row for 3 colours, are 5 + 4: a tile of one row would wait for its own additions.
         step = 5 if left == 9 else 8 if left >= 8 else 4 if left >= 4 else 2 if left >= 2 else 1
         for o in range(0, outputs, lanes(g)):
             task = (x, xi + r * x_row, x_row, x_pixel, g, gi + o, g_row, pixels, samples, total, ti + r * t_row + o, t_row)
@@ -114,6 +123,37 @@ def _dots(x, xi, x_row, x_pixel, g, gi, g_row, g_pixel, pixels, samples, total, 
         o += high
 
 
+@kernel(exact=True, reads="g", writes="turned")
+def _turn_pixels(g, oy, begin, end, turned, row):
+    """Copy pixels ``begin`` to ``end`` of the line ``oy`` to where each of their samples has a row of output channels."""
+    out_of_line()
+    samples, out, _, ow = g.shape
+    full = lanes(g)
+    for ox in range(begin, end):
+        for o in range(0, out, full):
+            for i in range(0, samples, full):
+                turn_part(g, ((oy * ow + ox) * out + o) * samples + i, samples,
+                          turned, ((ox - begin) * samples + i) * row + o, row, out - o, samples - i)
+
+
+@kernel(exact=True, writes="dw")
+def _collect(total, outputs, line, broadcast, dw):
+    """Bring the sums to their places in ``dw``; where lanes were samples, these are added up first."""
+    out_of_line()
+    _, inners, kh, kw = dw.shape
+    rows = kw * inners
+    for o in range(len(dw)):
+        for c in range(inners):
+            for ky in range(kh):
+                for kx in range(kw):
+                    at = (o // outputs * kh + ky) * rows * line
+                    r, k = kx * inners + c, o % outputs
+                    if broadcast:
+                        dw[o, c, ky, kx] = total[at + r * line + k]
+                    else:
+                        dw[o, c, ky, kx] = reduce_add(load(total, at + (k * rows + r) * lanes(total)))
+
+
 @kernel(exact=True, reads="g x", writes="dw")
 def weight_gradient(g, x, dw, stride, padding, dilation, groups):
     """``conv2d_vjp_weight`` of ``g`` and ``x`` that lie batch innermost."""
@@ -136,7 +176,7 @@ def weight_gradient(g, x, dw, stride, padding, dilation, groups):
 
     full = lanes(g)
     filled = -(-outputs // full) * full
-    broadcast = 4 * outputs > 3 * filled and section > 4
+    broadcast = 4 * outputs > 3 * filled and section > 4  # lanes of output channels, if more than 3 of 4 would be filled
     line = filled if broadcast else outputs * full  # elements of ``total`` for a row
     total = np.zeros(groups * kh * rows * line, g.dtype)
     # So many pixels at a time that their part of g stays in the first cache, if the sums are not too short for that.
@@ -149,11 +189,7 @@ def weight_gradient(g, x, dw, stride, padding, dilation, groups):
         for begin in range(0, ow, chunk):
             end = min(begin + chunk, ow)
             if broadcast:
-                for ox in range(begin, end):
-                    for o in range(0, out, full):
-                        for i in range(0, samples, full):
-                            turn_part(g, ((oy * ow + ox) * out + o) * samples + i, samples,
-                                      turned, ((ox - begin) * samples + i) * g_row + o, g_row, out - o, samples - i)
+                _turn_pixels(g, oy, begin, end, turned, g_row)
             for group in range(groups):
                 for tap in range(lines[oy, COUNT]):
                     ky, iy = lines[oy, FIRST] + tap, lines[oy, SOURCE] + tap * line_step
@@ -179,16 +215,7 @@ def weight_gradient(g, x, dw, stride, padding, dilation, groups):
                                       ((oy * ow + ox) * out + group * outputs) * samples, samples, out * samples,
                                       next_ox - ox, samples, total, at + r * full, rows * full, n, outputs)
                         ox = next_ox
-    for o in range(len(dw)):
-        for c in range(inners):
-            for ky in range(kh):
-                for kx in range(kw):
-                    at = (o // outputs * kh + ky) * rows * line
-                    r, k = kx * inners + c, o % outputs
-                    if broadcast:
-                        dw[o, c, ky, kx] = total[at + r * line + k]
-                    else:
-                        dw[o, c, ky, kx] = reduce_add(load(total, at + (k * rows + r) * full))
+    _collect(total, outputs, line, broadcast, dw)
 
 
 @kernel(exact=True, reads="g", writes="db")
@@ -205,7 +232,7 @@ def bias_gradient(g, db):
                 for i in range(0, samples, full):
                     v = v + load_part(g, ((oy * ow + ox) * out + o) * samples + i, samples - i)
                 store(row, o * full, v)
-        for i in range(0, row.size, full):  # short chains, as above
+        for i in range(0, row.size, full):  # each row of pixels has a sum of its own here, too
             store(total, i, load(total, i) + load(row, i))
             store(row, i, splat(g.dtype.type(0)))
     for o in range(out):
