@@ -91,7 +91,7 @@ def block_rows(n):
 
 @vector_function
 def log_totals(totals):
-    """Logarithms in place of all sums, also of those of no row: they begin as ones, and stay what they were before."""
+    """Logarithms in place of the sums, in whole vectors; what becomes of the places of no row is read by nobody."""
     for i in range(0, totals.size, lanes(totals)):
         store(totals, i, log(load(totals, i)))
 

@@ -94,6 +94,7 @@ def weight_gradient_by_values(g, x, dw, padding):
     _, outputs, oh, ow = g.shape
     full = lanes(g)
     line = -(-outputs // full) * full
+    # A product takes ``depth`` samples at a time, of one square after the other, and these are whole vectors.
     depth = max(NEAR // (VALUES * (channels + line) * g.itemsize) // (2 * full), 1) * 2 * full
     parts = -(-samples // depth)
     chunk = min(samples, -(-samples // (parts * full)) * full)  # as equal as whole vectors can be
