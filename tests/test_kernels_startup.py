@@ -107,7 +107,11 @@ def test_on_a_terminal_a_line_shows_the_kernel_at_work(family):
     assert shown.startswith("\rmpiml: compiling kernels for this CPU (first use only): twice\x1b[K\r\x1b[Kmpiml: compiled 1 ")
 
 
-def test_an_edit_of_a_file_that_is_compiled_in_counts(family):
+@pytest.mark.parametrize(("line", "name"), [("from .helper import add_constant", "add_constant"),
+                                            ("from . import helper", "helper.add_constant")])
+def test_an_edit_of_a_file_that_is_compiled_in_counts(family, line, name):
+    user = USER.replace("from .helper import add_constant", line).replace("make(add_constant)", f"make({name})")
+    (family / "user.py").write_text(user)
     assert run(family, CALL)[0] == "5.0\n"
     (family / "other.py").write_text("nothing = 0\n")
     assert warm(family)[0] == "5.0\n"

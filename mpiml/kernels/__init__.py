@@ -1,6 +1,15 @@
 """Kernels: plain arrays in, plain arrays out; no autograd, no MPI. Each ``f`` stands beside its ``f_vjp``.
 
 A vjp ("vector-Jacobian product") maps the gradient ``g`` for the output to the gradient for one argument.
+
+To read them all, begin with how they are made and what they are made of, then follow a family:
+
+- ``jit`` compiles, ``public`` checks arguments; ``update`` and ``dropout`` are plain loops that need nothing else;
+- ``registers``, ``simd``: vectors as values; ``polynomial``: exp and log of them; with these ``elementwise``, ``loss``,
+  ``gather``, ``softmax``, ``crossentropy``, ``convert``;
+- ``tile``: several vectors at once; with these ``gemm``, ``dense``, ``layernorm``, and ``scores``, ``flash``, ``attention``;
+- images: ``layout``, then ``taps``, ``direct``, ``convweight``, ``conv``; ``winograd``, ``winogradweight``; ``pool``; and
+  ``normalize`` with its two files.
 """
 
 from .attention import attention, attention_vjp

@@ -13,13 +13,6 @@ from .jit import kernel
 LINE = 64  # bytes
 
 
-@kernel
-def _empty(size, dtype):
-    memory = np.empty(size + LINE // np.empty(0, dtype).itemsize, dtype)
-    start = -memory.ctypes.data % LINE // memory.itemsize
-    return memory[start:start + size]
-
-
 def empty(size, dtype):
     """A new array of ``size`` elements, as ``np.empty``."""
     each = np.dtype(dtype).itemsize
@@ -33,9 +26,18 @@ def empty_like(x):
     return np.ndarray(x.shape, x.dtype, empty(x.size, x.dtype), 0, x.strides)
 
 
+# --- The same in compiled code --------------------------------------------------------------------------------
+
 @overload(empty_like)
-def _compiled_like(x):
+def _compiled_like(x):  # numba has no np.ndarray(...) with strides; memory that begins anywhere is slower, not wrong
     return lambda x: np.empty_like(x)
+
+
+@kernel
+def _empty(size, dtype):
+    memory = np.empty(size + LINE // np.empty(0, dtype).itemsize, dtype)
+    start = -memory.ctypes.data % LINE // memory.itemsize
+    return memory[start:start + size]
 
 
 @overload(empty)

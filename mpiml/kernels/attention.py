@@ -6,15 +6,7 @@ import numpy as np
 
 from .flash import backward, forward
 from .jit import kernel
-from .public import check_dtypes, check_writable, public, refuse
-
-
-@public
-def _whole_rows(x):
-    """``x``, or a copy of it in which the elements of a row are consecutive."""
-    if x.strides[x.ndim - 1] == x.itemsize or x.shape[-1] == 1:  # the stride of an axis of one element means nothing
-        return x
-    return np.ascontiguousarray(x)
+from .public import check_dtypes, check_writable, public, refuse, whole_rows
 
 
 @public
@@ -29,7 +21,8 @@ def _four(x):
 
 @public
 def _stack(x):
-    return _four(_whole_rows(x))
+    """``x`` as (batch, heads, t, d), with the elements of a row side by side."""
+    return _four(whole_rows(x))
 
 
 @public
@@ -45,6 +38,7 @@ def _check(q, k, v):
 
 @kernel(reads="lengths")
 def _all_within(lengths, limit):
+    """Are all of them in 0 .. limit?"""
     for i in range(lengths.size):
         if lengths[i] < 0 or lengths[i] > limit:
             return False
@@ -53,6 +47,7 @@ def _all_within(lengths, limit):
 
 @public
 def _valid(lengths, batch, keys):
+    """``lengths`` as the kernels take them: (batch,) of int64, or of size 0 for None."""
     if lengths is None:
         return np.empty(0, np.int64)
     if lengths.shape != (batch,) or not _all_within(lengths, keys):
@@ -69,6 +64,7 @@ def _minus_infinity(mask, bias):
 
 @public
 def _bias(mask, batch, keys, dtype):
+    """What is added to the scores for a boolean ``mask``: 0 or -infinity, (batch, keys), or of size 0 for None."""
     if mask is None:
         return np.empty((0, 0), dtype)
     if mask.shape != (batch, keys):
@@ -157,6 +153,11 @@ def attention_vjp(g, q, k, v, out, logsumexp, causal=False, lengths=None, mask=N
     Returns
     -------
     dq, dk, dv : arrays of the shapes of q, k and v, and of the order of their axes in memory
+
+    Raises
+    ------
+    TypeError, ValueError
+        As :func:`attention`, or a ``g`` or ``logsumexp`` of another shape.
     """
     _check(q, k, v)
     check_dtypes("attention_vjp", q, g, out, logsumexp)

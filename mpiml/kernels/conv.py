@@ -54,6 +54,7 @@ def _by_values(wanted, itemsize, y_shape, weight_shape, stride, dilation, groups
 
 @public
 def _into(x, weight, bias, relu, y, stride, padding, dilation, groups, backward, by_values):
+    """Compute y, batch innermost, in one way or the other."""
     if by_values and y.size > 0:
         convolve_by_values(x, weight, bias, relu, y, padding, backward)
     else:
@@ -62,6 +63,7 @@ def _into(x, weight, bias, relu, y, stride, padding, dilation, groups, backward,
 
 @public
 def _convolve(x, weight, bias, relu, y, stride, padding, dilation, groups, backward, out, winograd):
+    """The result in ``out``, if there is one, else in ``y``, a new array for it."""
     by_values = _by_values(winograd, x.itemsize, y.shape, weight.shape, stride, dilation, groups)
     # The kernels write their own layout; a result wanted in another one is copied.
     if out is None:
@@ -114,11 +116,11 @@ def conv2d(x, weight, stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=1, 
     """
     check_dtypes("conv2d", x, weight, bias)
     n, outputs, oh, ow = _out_shape(x.shape, weight.shape, stride, padding, dilation, groups)
-    ends = np.empty(0, x.dtype) if bias is None else bias
+    given = np.empty(0, x.dtype) if bias is None else bias
     if bias is not None and bias.shape != (outputs,):
         refuse("conv2d with weight {} takes a bias of shape (weight.shape[0],), not {}", weight.shape, bias.shape)
     y = images(n, outputs, oh, ow, x.dtype)
-    return _convolve(x, weight, ends, relu, y, stride, padding, dilation, groups, False, out, winograd)
+    return _convolve(x, weight, given, relu, y, stride, padding, dilation, groups, False, out, winograd)
 
 
 @public

@@ -2,7 +2,8 @@
 
 NumPy has no bfloat16; here it is its bits in uint16: the upper half of a float32's, with all of its exponent. Both
 kinds are rounded to the nearest, halves to even, as IEEE 754 has it; NaN stays NaN, and what is too large becomes
-infinity.
+infinity. A TypeError tells of an array of another dtype than the function takes, a ValueError of an ``out`` that does not
+fit.
 """
 
 import numpy as np
@@ -18,6 +19,11 @@ _16, _32 = ir.IntType(16), ir.IntType(32)
 
 
 def _round(builder, x):
+    """The upper half of a float32's bits, rounded by the lower one.
+
+    Seen as integers, floats of one sign are in order; so what is added to the bits, just under half of the upper half's last
+    place or with an odd upper half just that, carries into it where the nearest number, or the even one, lies above.
+    """
     bits = builder.bitcast(x, _32)
     odd = builder.and_(builder.lshr(bits, _32(16)), _32(1))
     nearest = builder.add(bits, builder.add(odd, _32(0x7FFF)))
@@ -48,6 +54,7 @@ _from_float16 = _make(lambda builder, bits: builder.fpext(builder.bitcast(bits, 
 
 
 def _check(name, x, dtype):
+    """Refuse an array of another dtype."""
     if x.dtype != dtype:
         raise TypeError(f"{name} takes an array of {dtype}, not of {x.dtype}")
 
@@ -61,6 +68,7 @@ def _compiled_check(name, x, dtype):
 
 @public
 def _flat(x):
+    """The elements in C order, copied if need be."""
     return np.ascontiguousarray(x).reshape(-1)
 
 

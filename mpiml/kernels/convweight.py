@@ -20,11 +20,14 @@ from .taps import COUNT, FIRST, SOURCE, forward_taps
 from .tile import fetch_tile, lanewise, load_row, load_tile, outer, store_tile, tile_add, turn_part, zero_tile
 
 CHAIN, SHORT = 4096, 256  # most and fewest terms of a sum before it is added to the total
-FEW = 36
-NEAR = 1 << 16  # bytes of g that are used for all taps before the next ones
+NEAR = 1 << 16  # bytes of g, at most, that are used for all taps before the next ones
 
 
 def _make_broadcast(rows):
+    """A kernel that adds to ``rows`` rows of ``total`` the sums over pixels and samples of x times a vector of outputs of g.
+
+    Rows of x are ``x_row`` apart, samples of g ``g_row``; x has a sample behind the other, and pixels ``x_pixel`` apart.
+    """
     @kernel(exact=True, reads="x")
     def tile(x, xi, x_row, x_pixel, g, gi, g_row, pixels, samples, total, ti, t_row):
         out_of_line()
@@ -41,6 +44,10 @@ def _make_broadcast(rows):
 
 
 def _make_dots(rows, columns, blocks=1):
+    """A kernel that adds to a tile of ``total`` products of ``rows`` outputs of g and ``blocks`` times ``columns`` rows of x.
+
+    What is added up is a vector for each, of which a lane has every so many-th sample.
+    """
     width = columns * blocks
     size = rows * width
 

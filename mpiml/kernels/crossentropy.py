@@ -1,4 +1,8 @@
-"""The cross-entropy of softmax(logits) against labels, fused with the softmax."""
+"""The cross-entropy of softmax(logits) against labels, fused with the softmax.
+
+With top the largest of a row x of n logits and L = log(sum(exp(x - top))), a label's loss is L + top - x[label]. Smoothed
+by s it is, since the targets' sum is 1, L + (1 - s) (top - x[label]) + s / n sum(top - x): no term cancels another.
+"""
 
 import numpy as np
 
@@ -10,6 +14,7 @@ from .softmax import BLOCK, block_exponentials, block_rows, log_totals, row_scal
 
 @kernel(reads="labels")
 def _first_bad(labels, classes, ignore):
+    """The position of the first label that is neither one of the classes nor to be ignored; -1 if there is none."""
     for i in range(labels.size):
         if (labels[i] < 0 or labels[i] >= classes) and labels[i] != ignore:
             return i
@@ -18,6 +23,7 @@ def _first_bad(labels, classes, ignore):
 
 @kernel(exact=True, reads="x labels", writes="p")
 def _label_loss(x, labels, smoothing, ignore, p):
+    """The sum of the losses of rows x; p becomes their softmax, 0 in rows to be ignored."""
     rows, n = x.shape
     step = lanes(x)
     whole = n - n % step
@@ -51,6 +57,7 @@ def _label_loss(x, labels, smoothing, ignore, p):
 
 @kernel(exact=True, reads="p labels", writes="out")
 def _label_loss_vjp(g, p, labels, smoothing, ignore, out):
+    """out = g * (p - target), or 0 in rows to be ignored."""
     rows, n = p.shape
     step = lanes(p)
     whole = n - n % step

@@ -8,7 +8,7 @@ import numpy as np
 
 from .gemm import affine, gemm, pack, packed_product, whole_tiles
 from .jit import kernel
-from .public import check_dtypes, check_writable, contiguous_output, output, public, refuse
+from .public import check_dtypes, check_writable, contiguous_output, matrix, output, public, refuse
 
 # Rows of a gradient that serve for all that is made of them while they are in cache: 5 to 15 % less time for 1024 of them
 # than one pass for each of dx, dweight and dbias.
@@ -39,6 +39,7 @@ def _matmul(a, b, c, add):
 
 @kernel(exact=True, reads="x weight bias")
 def _linear(x, weight, bias, relu, y):
+    """y = x weight' + bias of matrices, a bias of size 0 being none. Returns whether the shapes belong together."""
     size = y.itemsize
     rows, outputs = y.shape
     if x.shape[0] != rows or x.shape[1] != weight.shape[1] or weight.shape[0] != outputs or bias.size not in (0, outputs):
@@ -99,15 +100,6 @@ def _linear_vjp(g, x, weight, y, dx, dweight, dbias, add):
 
 
 @public
-def _rows(x):
-    """x (..., features) as a matrix, copied if need be."""
-    if x.ndim == 2:
-        return x
-    features = x.shape[-1]
-    return np.ascontiguousarray(x).reshape((x.size // max(features, 1), features))
-
-
-@public
 def linear(x, weight, bias=None, relu=False, out=None):
     """``x @ weight.T + bias``, and ``max(., 0)`` of it with ``relu``.
 
@@ -136,7 +128,7 @@ def linear(x, weight, bias=None, relu=False, out=None):
         refuse("linear takes {} features (weight {}), but the input is a number", weight.shape[1], weight.shape)
     y = contiguous_output(out, x.shape[:-1] + (len(weight),), x.dtype)
     b = np.empty(0, x.dtype) if bias is None else bias
-    if not _linear(_rows(x), weight, b, relu, _rows(y)):
+    if not _linear(matrix(x), weight, b, relu, matrix(y)):
         if x.shape[-1] != weight.shape[1]:
             refuse("linear takes {} features (weight {}), but the input of shape {} has {} in its last axis",
                    weight.shape[1], weight.shape, x.shape, x.shape[-1])
@@ -160,13 +152,19 @@ def linear_vjp(g, x, weight, y=None, dx=None, dweight=None, dbias=None, add=Fals
         Where the gradients are written.
     add : bool
         Add to dweight and dbias instead.
+
+    Raises
+    ------
+    ValueError
+        Shapes that do not belong together, or a place that is read-only or not as contiguous as said above.
     """
     check_writable(dx, dweight, dbias)
     if dx is not None and not dx.flags.c_contiguous:
         refuse("linear_vjp writes to a C-contiguous dx")
-    if not _linear_vjp(np.ascontiguousarray(_rows(g)), _rows(x), weight,
-                       np.empty((0, 0), g.dtype) if y is None else _rows(y),
-                       np.empty((0, 0), g.dtype) if dx is None else _rows(dx),
+    # Arrays of size 0 stand for None, so that the kernel is compiled once for any selection.
+    if not _linear_vjp(np.ascontiguousarray(matrix(g)), matrix(x), weight,
+                       np.empty((0, 0), g.dtype) if y is None else matrix(y),
+                       np.empty((0, 0), g.dtype) if dx is None else matrix(dx),
                        np.empty((0, 0), g.dtype) if dweight is None else dweight,
                        np.empty(0, g.dtype) if dbias is None else dbias, add):
         refuse("linear_vjp got a gradient of shape {}, an input of shape {} and a weight of shape {}, or a y, dx, dweight "
@@ -177,7 +175,7 @@ def linear_vjp(g, x, weight, y=None, dx=None, dweight=None, dbias=None, add=Fals
 def linear_vjp_x(g, weight):
     """Gradient for x, (..., in_features), from ``g`` (..., out_features)."""
     dx = np.empty(g.shape[:-1] + (weight.shape[1],), g.dtype)
-    linear_vjp(g, dx, weight, dx=dx)
+    linear_vjp(g, dx, weight, dx=dx)  # dx in the place of x, of which only the shape is looked at
     return dx
 
 
@@ -185,7 +183,7 @@ def linear_vjp_x(g, weight):
 def linear_vjp_weight(g, x):
     """Gradient for weight, (out_features, in_features), Fortran-contiguous, from ``g`` and ``x``."""
     dweight = np.empty((x.shape[-1], g.shape[-1]), g.dtype).T
-    linear_vjp(g, x, dweight, dweight=dweight)
+    linear_vjp(g, x, dweight, dweight=dweight)  # and so dweight in that of weight
     return dweight
 
 
@@ -193,6 +191,7 @@ def linear_vjp_weight(g, x):
 def linear_vjp_bias(g):
     """Gradient for bias, (out_features,): the sum of ``g`` over all but its last axis."""
     dbias = np.empty(g.shape[-1], g.dtype)
+    # g in the place of x, and a weight of the shape that belongs to it: memory that nobody touches.
     linear_vjp(g, g, np.empty((g.shape[-1], g.shape[-1]), g.dtype), dbias=dbias)
     return dbias
 
@@ -211,6 +210,11 @@ def matmul(a, b, out=None):
     Returns
     -------
     (n, rows, columns) array
+
+    Raises
+    ------
+    TypeError, ValueError
+        Dtypes differ, or shapes do not belong together.
     """
     check_dtypes("matmul", a, b)
     if a.ndim != 3 or b.ndim != 3 or a.shape[2] != b.shape[1] or (len(a) != len(b) and len(a) != 1 and len(b) != 1):

@@ -15,11 +15,17 @@ from .simd import at, lanes, load_part, out_of_line, splat, store_part
 from .taps import COUNT, FIRST, SOURCE, backward_taps, forward_taps
 from .tile import at_least, load_row, outer, store_tile, turn_part, zero_tile
 
-ROWS = {64: 8, 32: 6, 16: 6}[REGISTER]  # output channels of the largest tile, VECTORS vectors wide
-VECTORS = 2
+ROWS = {64: 8, 32: 6, 16: 6}[REGISTER]  # output channels of the largest tile, as in gemm
+VECTORS = 2  # of samples
 
 
 def _make_tile(rows, vectors):
+    """A kernel for ``rows`` output channels x ``vectors`` of samples of a line of the result's pixels.
+
+    ``wi``, ``xi`` and ``yi`` are the positions of its first weight, sample and result; ``lines`` lines of taps meet it, each
+    ``w_line`` and ``x_line`` further; ``columns`` is the plan for the pixels of the line (:mod:`taps`), whose taps are
+    ``w_pixel`` and ``x_column`` apart. ``merged``: taps and channels follow each other as one run, in both w and x.
+    """
     size = rows * vectors
 
     @kernel(exact=True, reads="x", writes="y")
@@ -40,12 +46,13 @@ def _make_tile(rows, vectors):
                         xk += samples
                 w_there += w_line
                 x_there += x_line
-            acc = outer(acc, bias, bi, 1, load_row(ones, 0, count, vectors))
+            acc = outer(acc, bias, bi, 1, load_row(ones, 0, count, vectors))  # each row's bias times 1, for all samples
             store_tile(at_least(acc, splat(low)), y, yi + ox * y_pixel, samples, count, vectors)
 
     return tile
 
 
+# A tile's size is fixed when it is compiled, so that it fits the registers; each size is a kernel of its own.
 _eight, _six, _four, _two, _one = (_make_tile(rows, VECTORS) for rows in (8, 6, 4, 2, 1))
 _narrow_eight, _narrow_six, _narrow_four, _narrow_two, _narrow_one = (_make_tile(rows, 1) for rows in (8, 6, 4, 2, 1))
 
@@ -57,7 +64,7 @@ def next_rows(left):
 
 
 @kernel(exact=True, reads="w")
-def pack(w, row, inner, group, down, across, rows, inners, groups, block, packed):
+def pack_weights(w, row, inner, group, down, across, rows, inners, groups, block, packed):
     """Copy weights to the order in which tiles read them: tile, tap down, tap across, input channel, row of the tile.
 
     ``row``, ``inner`` and ``group`` are the strides of ``w`` along the outputs and inputs of the convolution, and from
@@ -93,7 +100,10 @@ def pack(w, row, inner, group, down, across, rows, inners, groups, block, packed
 
 @kernel(exact=True, reads="x weight bias", writes="y")
 def convolve(x, weight, bias, relu, y, stride, padding, dilation, groups, backward):
-    """``conv2d`` of ``x``, or ``backward`` its gradient for images; both ``x`` and ``y`` lie batch innermost."""
+    """``conv2d`` of ``x``, or ``backward`` its gradient for images; both ``x`` and ``y`` lie batch innermost.
+
+    Backward x is the gradient for the result, and the weight's outputs and inputs change places.
+    """
     out_of_line()
     samples, _, height, width = x.shape
     kh, kw = weight.shape[2:]
@@ -111,11 +121,11 @@ def convolve(x, weight, bias, relu, y, stride, padding, dilation, groups, backwa
     down, lines, line_step = plan_down
     across, columns, column_step = plan_across
     w = np.empty(weight.size, weight.dtype)
-    pack(weight, outer_stride, inner_stride, group_stride, down, across, outputs, channels, groups, 0, w)
-    ends = np.zeros(groups * outputs, y.dtype)
+    pack_weights(weight, outer_stride, inner_stride, group_stride, down, across, outputs, channels, groups, 0, w)
+    biases = np.zeros(groups * outputs, y.dtype)
     for o in range(bias.size):
-        ends[o] = bias[o]
-    low = ends.dtype.type(0 if relu else -np.inf)
+        biases[o] = bias[o]
+    low = biases.dtype.type(0 if relu else -np.inf)  # no result is below it
 
     x_pixel, y_pixel = groups * channels * samples, groups * outputs * samples
     merged = column_step == 1 and groups == 1  # the channels of one pixel are followed by those of the next
@@ -133,7 +143,7 @@ def convolve(x, weight, bias, relu, y, stride, padding, dilation, groups, backwa
                     xi = (lines[oy, SOURCE] * width * groups + group) * channels * samples + i
                     yi = (oy * len(columns) * groups * outputs + out) * samples + i
                     task = (w, wi, kw * channels * rows, channels * rows, x, xi, line_step * width * x_pixel,
-                            lines[oy, COUNT], columns, column_step * x_pixel, x_pixel, samples, channels, merged, ends, out,
+                            lines[oy, COUNT], columns, column_step * x_pixel, x_pixel, samples, channels, merged, biases, out,
                             ones, low, y, yi, y_pixel, count)
                     if count > full:
                         if rows == 8:

@@ -5,7 +5,7 @@ import numpy as np
 from .jit import kernel
 from .public import check_dtypes, public
 
-_BLOCKS = 64  # numbers of the generator that are made at once, 4 elements each
+_BLOCKS = 64  # of the generator's 128 bits that are made at once, each of them enough for 4 elements
 
 
 @kernel
@@ -24,11 +24,12 @@ def _philox(c0, c1, c2, c3, k0, k1):
 
 @kernel(reads="x")
 def _dropout(x, p, key, first, out):
+    """Rows of samples. The generator counts in (elements // 4, 0, the sample's number in two halves)."""
     samples, size = x.shape
     mask = np.uint64(0xFFFFFFFF)
     scale = x.dtype.type(1 / (1 - p))
     zero = x.dtype.type(0)
-    threshold = np.uint32(p * 4294967296.0)
+    threshold = np.uint32(p * 2.0**32)  # 32 random bits are below it with probability p
     k0, k1 = key & mask, key >> np.uint64(32)
     bits = np.empty((4, _BLOCKS), np.uint32)
     for s in range(samples):
@@ -65,6 +66,15 @@ def dropout(x, p, key, first=0):
         Number of ``x[0]`` in the global batch. The mask of a sample is a function of (key, its number,
         element) alone, so it is the same on whichever rank the sample is computed. The operation is linear
         with a diagonal matrix, hence its own vjp: ``dropout(g, p, key, first)``.
+
+    Returns
+    -------
+    array of the shape and dtype of x
+
+    Raises
+    ------
+    TypeError
+        Other dtypes than float32 and float64.
     """
     check_dtypes("dropout", x)
     out = np.empty_like(x)

@@ -2,6 +2,10 @@
 
 They go through an array in the order in which it lies in memory, and their results lie in the same order: a transposed
 array, or pictures with the batch innermost, are neither copied nor rearranged.
+
+All of them take arrays of any shape, float32 or float64, and ``out``, an array of the same shape and dtype without gaps
+for the result. They raise TypeError for other dtypes and for several, ValueError for shapes that differ and for an ``out``
+that does not fit. How exact they are is said in :mod:`mpiml.kernels.polynomial`.
 """
 
 import numba
@@ -18,7 +22,7 @@ from .polynomial import tanh as vector_tanh
 from .public import check_dtypes, check_writable, public, refuse
 from .simd import lanes, load, load_part, select, store, store_part
 
-LARGE = 1 << 16  # bytes from which on the begin of an array counts more than the time to choose it
+LARGE = 1 << 16  # bytes from which on it pays to let an array begin at a cache line
 
 # --- Arrays in the order of their memory ----------------------------------------------------------------------
 
@@ -38,6 +42,8 @@ def line_like(x, y):
     copy[...] = x
     return line(copy)
 
+
+# In compiled code the order of memory is a matter of types: C, Fortran, or strides that are not known ("A").
 
 @overload(line)
 def _line(x):
@@ -101,6 +107,7 @@ def map_two(function):
 
 @public
 def _one(run, name, x, out):
+    """``y = run(x)`` by a kernel of :func:`map_one`, checked; ``name`` is that of the public function, for its errors."""
     check_dtypes(name, x)
     y = result_like(x, out)
     run(line_like(x, y), line(y))
@@ -109,6 +116,7 @@ def _one(run, name, x, out):
 
 @public
 def _two(run, name, g, x, out):
+    """``y = run(g, x)`` by a kernel of :func:`map_two`, likewise."""
     check_dtypes(name, x, g)
     if g.shape != x.shape:
         refuse("a gradient of shape {} for an array of shape {}", g.shape, x.shape)
@@ -187,7 +195,7 @@ def _tanh_gelu(x):
 def _tanh_gelu_slope(g, x):
     square = x * x
     s = vector_sigmoid(x * number(x, "1.5957691216057308") * (number(x, "1") + number(x, "0.044715") * square))
-    slope = number(x, "1.5957691216057308") * (number(x, "1") + number(x, "0.134145") * square)
+    slope = number(x, "1.5957691216057308") * (number(x, "1") + number(x, "0.134145") * square)  # three times 0.044715
     return g * (s + x * s * (number(x, "1") - s) * slope)
 
 
@@ -206,7 +214,7 @@ _run_tanh_gelu, _run_tanh_gelu_vjp = map_one(_tanh_gelu), map_two(_tanh_gelu_slo
 
 @public
 def exp(x, out=None):
-    """e**x of ``x`` (any shape, float32 or float64); errors of these functions: :mod:`mpiml.kernels.polynomial`."""
+    """e**x of each element of ``x``."""
     return _one(_run_exp, "exp", x, out)
 
 
@@ -242,7 +250,7 @@ def tanh_vjp(g, y, out=None):
 
 @public
 def relu(x, out=None):
-    """max(x, 0) of ``x`` (any shape, float32 or float64); NaN stays NaN."""
+    """max(x, 0) of ``x``; NaN stays NaN."""
     return _one(positive_part, "relu", x, out)
 
 
@@ -262,7 +270,7 @@ def add_relu(x, y, out=None):
 
 @public
 def sigmoid(x, out=None):
-    """1 / (1 + exp(-x)) of ``x`` (any shape), without overflow for any x."""
+    """1 / (1 + exp(-x)) of ``x``, without overflow for any x."""
     return _one(_run_sigmoid, "sigmoid", x, out)
 
 

@@ -21,7 +21,7 @@ from .softmax import row_scale
 
 @kernel(exact=True, reads="x", writes="y")
 def _scaled_rows(x, xi, x_row, rows, n, scale, y):
-    """Copy rows, times ``scale``, to where they are consecutive."""
+    """Copy ``rows`` rows of ``n`` elements, ``x_row`` apart from position ``xi``, times ``scale``: to y, row behind row."""
     step = lanes(x)
     for r in range(rows):
         for j in range(0, n, step):
@@ -30,6 +30,7 @@ def _scaled_rows(x, xi, x_row, rows, n, scale, y):
 
 @vector_function
 def _clear_rows(x, xi, x_row, rows, n):
+    """Such rows set to 0."""
     step = lanes(x)
     for r in range(rows):
         for j in range(0, n, step):
@@ -38,6 +39,7 @@ def _clear_rows(x, xi, x_row, rows, n):
 
 @vector_function
 def _dot(x, i, y, j, n):
+    """The dot product of n elements from position ``i`` of x and ``j`` of y."""
     step = lanes(x)
     total = splat(x.dtype.type(0))
     for k in range(0, n, step):
@@ -53,12 +55,16 @@ def _at(x, b, h):
 
 @vector_function
 def _row(x):
-    """From row to row."""
+    """Elements from row to row."""
     return x.strides[2] // x.itemsize
 
 
 @kernel(exact=True, reads="q k v", writes="out lse")
 def forward(q, k, v, bias, lengths, causal, scale, out, lse):
+    """Of (batch, heads, t, d) arrays ``out``, and ``lse`` (batch, heads, tq): the logarithms of the sums of exponentials.
+
+    ``bias`` (batch, tk) is added to the scores, ``lengths`` (batch,) are the numbers of valid keys; size 0: none, all.
+    """
     batch, heads, tq, d = q.shape
     tk, dv, dtype = k.shape[2], v.shape[3], q.dtype
     q_row, k_row, v_row, o_row = _row(q), _row(k), _row(v), _row(out)
@@ -80,7 +86,7 @@ def forward(q, k, v, bias, lengths, causal, scale, out, lse):
             top[:], total[:] = -np.inf, 0
             last = min(keys, i0 + m) if causal else keys
             if last == 0:
-                out[b, h, i0:i0 + m] = 0
+                out[b, h, i0:i0 + m] = 0  # no product below writes there
             for j0 in range(0, last, KEYS):
                 n = min(KEYS, last - j0)
                 scores(rows_q, 0, d, panels_k, d, s, i0, m, j0, n, causal)
@@ -97,6 +103,11 @@ def forward(q, k, v, bias, lengths, causal, scale, out, lse):
 
 @kernel(exact=True, reads="g q k v out lse", writes="dq dk dv")
 def backward(g, q, k, v, bias, lengths, causal, scale, out, lse, dq, dk, dv):
+    """The gradients dq, dk and dv, from the gradient ``g`` for ``out``; otherwise as :func:`forward`.
+
+    With probabilities p and their gradients dp = g v', the scores have the gradients ds = p (dp - delta), where
+    ``delta`` is the row's sum of p dp. As out = p v, that is also the dot product g . out, which needs no probabilities.
+    """
     batch, heads, tq, d = q.shape
     tk, wide, dtype = k.shape[2], v.shape[3], q.dtype
     q_row, k_row, v_row, o_row, g_row = _row(q), _row(k), _row(v), _row(out), _row(g)
@@ -123,7 +134,7 @@ def backward(g, q, k, v, bias, lengths, causal, scale, out, lse, dq, dk, dv):
             for r in range(m):
                 delta[r] = _dot(fg, g_here + r * g_row, fo, oi + (i0 + r) * o_row, wide)
                 row = lse[b, h, i0 + r]
-                top[r] = dtype.type(0) if row == -np.inf else row
+                top[r] = dtype.type(0) if row == -np.inf else row  # no key was seen; -inf - -inf would be NaN
             last = min(keys, i0 + m) if causal else keys
             if last == 0:
                 dq[b, h, i0:i0 + m] = 0

@@ -4,13 +4,16 @@ import numpy as np
 from numba.extending import overload
 
 from .jit import kernel
-from .public import check_dtypes, contiguous_output, output, public, refuse
+from .public import check_dtypes, contiguous_output, matrix, output, public, refuse, whole_rows
 from .simd import lanes, load, load_part, splat, store, store_part
 
 
 @kernel
 def _first_bad(ids, rows):
-    """The position of the first id outside 0 .. rows - 1; -1 if there is none."""
+    """The position of the first id outside 0 .. rows - 1; -1 if there is none.
+
+    The smallest and the largest are found without a branch, many ids at a time; only a bad one is looked for.
+    """
     low, high = np.int64(0), np.int64(-1)
     for i in range(ids.size):
         low, high = min(low, ids[i]), max(high, ids[i])
@@ -23,6 +26,7 @@ def _first_bad(ids, rows):
 
 @kernel(exact=True, reads="weight")
 def _gather(ids, weight, y):
+    """y (ids, features) = weight[ids], for rows of weight that are contiguous."""
     width = lanes(y)
     features = y.shape[1]
     whole = features // width * width
@@ -89,14 +93,6 @@ def _checked(ids, rows):
 
 
 @public
-def _rows(a):
-    """``a`` (..., features) as a matrix whose rows are contiguous, copied if need be."""
-    if a.ndim != 2 or a.strides[1] != a.itemsize:
-        return np.ascontiguousarray(a).reshape(-1, a.shape[-1]) if a.size else np.empty((0, a.shape[-1]), a.dtype)
-    return a
-
-
-@public
 def embedding(ids, weight, out=None):
     """``weight[ids]``: rows of a table by number.
 
@@ -122,7 +118,7 @@ def embedding(ids, weight, out=None):
     flat = _checked(ids, len(weight))
     y = contiguous_output(out, ids.shape + (weight.shape[1],), weight.dtype)
     if y.size:
-        _gather(flat, _rows(weight), y.reshape(len(flat), weight.shape[1]))
+        _gather(flat, whole_rows(weight), y.reshape(len(flat), weight.shape[1]))
     return y
 
 
@@ -157,5 +153,5 @@ def embedding_vjp(g, ids, rows, out=None, add=False):
     if dweight.size and dweight.strides[1] != dweight.itemsize:
         refuse("embedding_vjp writes to an out with contiguous rows, not with strides {}", dweight.strides)
     if dweight.size:
-        _scatter_add(_rows(g), flat, dweight, add)
+        _scatter_add(matrix(whole_rows(g)), flat, dweight, add)
     return dweight

@@ -14,12 +14,24 @@ The ladder, float32, 128 x 784 times 784 x 128 on one core whose peak is 117 bil
 
 Every element of the result is ``((0 + a[i,0] b[0,j]) + a[i,1] b[1,j]) + ...``, each step rounded once, whatever the
 tile or the block it falls into: its bits are a function of its row, its column and nothing else.
+
+What is where, in elements from the first one of each array (``start`` holds what the sums begin with, if they do not begin
+with 0: c itself to add to it, or with ``s_row = 0`` one row, a bias, for all):
+
+    a[i, k] at ai + i * a_row + k * a_step            c[i, j] at ci + i * c_row + j
+    b[k, j] at bi + k * b_step + j * b_column         start[i, j] at si + i * s_row + j
+
+So a transpose is a matter of two strides; a tile needs ``b_column = 1``. From the outside in, the functions are
+
+    gemm             c = a b        blocks of OUTER columns of b, packed unless b is small
+    packed_product   of a block     BLOCK rows of c and INNER of b at a time
+    column_of_tiles  of a panel     all rows, one tile wide
+    tiles            of one size    ROWS x VECTORS registers, and smaller ones for what is left
 """
 
 import numpy as np
-from numba.extending import register_jitable
 
-from .jit import kernel
+from .jit import inlined, kernel
 from .polynomial import vector_function
 from .registers import REGISTER
 from .simd import at, flat, lanes, load_part, out_of_line, splat, store
@@ -28,16 +40,18 @@ from .tile import at_least, fetch_tile, load_row, load_tile, outer, store_tile, 
 # The registers of AVX-512 and NEON (32) and of AVX2 (16) hold these tiles and one row and column besides.
 ROWS, VECTORS = {64: (8, 2), 32: (6, 2), 16: (6, 4)}[REGISTER]
 BLOCK = 16 * ROWS  # rows of the result that are done with before the next
+# A panel of INNER rows, one tile wide, takes 32 KiB with AVX-512 in either dtype (first cache); the block of OUTER columns
+# 512 KiB in float32 (half of a second cache of 1 MiB), as does a b that is read where it lies.
 INNER = 256  # rows of a packed block of b
 OUTER = 512  # its columns
 DIRECT = 1 << 19  # bytes of b up to which it is read where it lies
 
 
 def make_tiles(size, vectors, masked):
-    """A function for a column of tiles of the result, with ``size`` rows and as many vectors a row; the last may be masked.
+    """A function for a column of tiles of the result, of ``size`` rows of ``vectors`` vectors; ``masked``: of ``columns``.
 
     It is made a part of its caller: to hand over some forty numbers in a call costs 100 cycles, of 512 that a tile of an
-    inner dimension of 32 takes.
+    inner dimension of 32 takes. (An array counts as several, its shape and strides among them.)
     """
     registers = size * vectors
 
@@ -70,6 +84,7 @@ _four, _two, _one = (make_tiles(size, VECTORS, True) for size in (4, 2, 1))
 
 @kernel(exact=True, reads="a b start", writes="c")
 def _column_of_tiles(a, ai, a_row, a_step, b, bi, b_step, start, si, s_row, c, ci, c_row, rows, inner, columns, started, relu):
+    """Whole tiles as long as there are rows, then one of 4, of 2 and of 1: a tile's size is fixed when it is compiled."""
     out_of_line()
     if rows >= ROWS:
         whole = rows // ROWS * ROWS
@@ -99,7 +114,7 @@ def _column_of_tiles(a, ai, a_row, a_step, b, bi, b_step, start, si, s_row, c, c
         _one(a, ai, a_row, a_step, b, bi, b_step, start, si, s_row, c, ci, c_row, 1, inner, columns, started, relu)
 
 
-@register_jitable(inline="always")
+@inlined
 def column_of_tiles(a, ai, a_row, a_step, b, bi, b_step, c, ci, c_row, rows, inner, columns, add):
     """``rows`` x ``columns`` elements of ``c``, at most one tile wide; arguments are flat positions and strides."""
     _column_of_tiles(flat(a), ai, a_row, a_step, flat(b), bi, b_step, flat(c), ci, c_row, flat(c), ci, c_row, rows, inner,
@@ -108,7 +123,7 @@ def column_of_tiles(a, ai, a_row, a_step, b, bi, b_step, c, ci, c_row, rows, inn
 
 @kernel(exact=True)
 def _turn(a, i, a_row, b, j, b_row):
-    out_of_line()
+    out_of_line()  # some hundred instructions, here once
     turn(a, i, a_row, b, j, b_row)
 
 
@@ -142,14 +157,14 @@ def pack_at(b, bi, b_step, b_column, inner, columns, panel, at_panel):
             k += 1
 
 
-@register_jitable(inline="always")
+@inlined
 def whole_tiles(columns, c):
     """``columns`` rounded up to tiles of the dtype of the array ``c``."""
     width = VECTORS * lanes(c)
     return -(-columns // width) * width
 
 
-@register_jitable(inline="always")
+@inlined
 def pack(b, bi, b_step, b_column, inner, columns, panels):
     """Copy ``b`` for :func:`packed_product`, in blocks of INNER rows, to ``panels`` (inner * whole_tiles(columns),)."""
     for k in range(0, inner, INNER):
@@ -159,7 +174,7 @@ def pack(b, bi, b_step, b_column, inner, columns, panels):
 
 @kernel(exact=True, reads="a start", writes="c")
 def _packed_product(a, ai, a_row, a_step, panels, start, si, s_row, c, ci, c_row, rows, inner, columns, started, relu):
-    """c = start + a b for a packed b."""
+    """c = start + a b for a packed b: of each block of b's rows on c is what the next one begins with."""
     out_of_line()
     width = VECTORS * lanes(c)
     for i in range(0, rows, BLOCK):
@@ -179,7 +194,7 @@ def _packed_product(a, ai, a_row, a_step, panels, start, si, s_row, c, ci, c_row
                                      relu and last)
 
 
-@register_jitable(inline="always")
+@inlined
 def packed_product(a, ai, a_row, a_step, panels, c, ci, c_row, rows, inner, columns, add):
     """c = a b or c += a b, with the ``panels`` to which :func:`pack` copied ``b``."""
     _packed_product(flat(a), ai, a_row, a_step, panels, flat(c), ci, c_row, flat(c), ci, c_row, rows, inner, columns, add,
@@ -188,6 +203,7 @@ def packed_product(a, ai, a_row, a_step, panels, c, ci, c_row, rows, inner, colu
 
 @kernel(exact=True, reads="a b start", writes="c")
 def _gemm(a, ai, a_row, a_step, b, bi, b_step, b_column, start, si, s_row, c, ci, c_row, rows, inner, columns, started, relu):
+    """c = a b, or with ``started`` start + a b; then max(., 0) with ``relu``."""
     out_of_line()
     width = VECTORS * lanes(c)
     if b_column == 1 and inner * columns * c.itemsize <= DIRECT:
@@ -204,14 +220,14 @@ def _gemm(a, ai, a_row, a_step, b, bi, b_step, b_column, start, si, s_row, c, ci
         _packed_product(a, ai, a_row, a_step, panels, start, si + j, s_row, c, ci + j, c_row, rows, inner, n, started, relu)
 
 
-@register_jitable(inline="always")
+@inlined
 def gemm(a, ai, a_row, a_step, b, bi, b_step, b_column, c, ci, c_row, rows, inner, columns, add):
     """c = a b, or c += a b: ``c[i, j]`` at flat position ``ci + i * c_row + j``, ``a`` and ``b`` of any strides."""
     _gemm(flat(a), ai, a_row, a_step, flat(b), bi, b_step, b_column, flat(c), ci, c_row, flat(c), ci, c_row, rows, inner,
           columns, add, False)
 
 
-@register_jitable(inline="always")
+@inlined
 def affine(a, ai, a_row, a_step, b, bi, b_step, b_column, row, c, ci, c_row, rows, inner, columns, relu):
     """c = row + a b, the contiguous ``row`` added to each of c's unless it is empty, then max(., 0) with ``relu``."""
     _gemm(flat(a), ai, a_row, a_step, flat(b), bi, b_step, b_column, flat(row), 0, 0, flat(c), ci, c_row, rows, inner, columns,

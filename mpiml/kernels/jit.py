@@ -35,6 +35,7 @@ from numba.core import config, serialize
 from numba.core.caching import FunctionCache, IndexDataCacheFile, NullCache
 from numba.core.compiler_lock import global_compiler_lock
 from numba.core.runtime import rtsys
+from numba.extending import register_jitable
 
 from mpiml import cores
 
@@ -43,8 +44,9 @@ try:
 except ImportError:  # Windows: processes compile side by side, as numba does by itself
     fcntl = None
 
-# Sums may be reordered and multiplications fused, which is what makes loops vectorise; NaN and infinity keep
-# their meaning, since a diverging run must show as one.
+# Multiplications may be fused with additions ("contract"), sums be reordered ("reassoc"), the sign of zero be lost ("nsz"),
+# and a division become a product ("arcp"), which is what makes loops vectorise; NaN and infinity keep their meaning, since
+# a diverging run must show as one.
 FASTMATH = {"contract", "reassoc", "nsz", "arcp"}
 _DAY = 24 * 3600
 
@@ -63,6 +65,7 @@ class _NodeLock:
         return len(self._held)
 
     def acquire(self, path):
+        # 7 bytes, since a position in a file is a signed number of 8.
         byte = int.from_bytes(hashlib.blake2b(path.encode(), digest_size=7).digest(), "big")
         self._held.append(byte)
         if fcntl is not None:
@@ -144,7 +147,9 @@ def _read(path):
     with contextlib.suppress(OSError):  # no such file: a notebook, a package without sources
         with open(path, "rb") as file:
             text = file.read()
-    names = re.findall(rb"^\s*from \.(\w+) import", text, re.MULTILINE)
+    names = []
+    for module, members in re.findall(rb"^\s*from \.(\w*) import ([\w, ]*)", text, re.MULTILINE):
+        names += [module] if module else re.findall(rb"\w+", members)  # "from . import aligned" imports a file, too
     return text, [os.path.join(os.path.dirname(path), name.decode() + ".py") for name in names]
 
 
@@ -199,6 +204,7 @@ class _Files(IndexDataCacheFile):
                     os.unlink(path)
 
     def _dump(self, data):
+        # save() needs the bytes for their name, and hands them to numba's _save_data, which would dump them once more.
         return data if isinstance(data, bytes) else super()._dump(data)
 
     def _name_of(self, data):
@@ -305,6 +311,11 @@ def cache_state():
             folder = folder or cache.folder
             ready += cache.is_ready()
     return CacheState(folder, ready, len(_made))
+
+
+# For short functions of arrays: numba puts their text into the kernel that calls them. A call that hands over arrays, even
+# one that LLVM inlines, counts references to them, which is too much for a short run.
+inlined = register_jitable(inline="always")
 
 
 def kernel(function=None, *, exact=False, reads="", writes=""):

@@ -25,12 +25,12 @@ from .tile import (
     zero_tile,
 )
 
-ROWS = 8 if REGISTER == 64 else 4  # what the registers hold
+ROWS = 8 if REGISTER == 64 else 4  # tiles of heads, differences, sums and squares fill the registers
 ROWS_VJP = 4
 
 
 def make_rows(size):
-    """A kernel for the rows from ``start`` to ``stop``, ``size`` at a time."""
+    """A kernel for the rows from ``start`` to ``stop``, ``size`` at a time: y, and the rows' ``mean`` and ``scale``."""
     @kernel(exact=True)
     def rows(x, start, stop, weight, bias, eps, y, mean, scale):
         count, width, t = x.shape[1], lanes(x), x.dtype.type
@@ -47,7 +47,7 @@ def make_rows(size):
                 for j in range(i + width, i + whole, width):
                     d = tile_subtract(load_tile(x, j, count, None, size, 1), head)
                     total, square = tile_add(total, d), tile_fma(d, d, square)
-            else:
+            else:  # less than a vector in a row
                 head = first
             if rest:
                 d = tile_multiply(tile_subtract(load_tile(x, i + whole, count, rest, size, 1), head), in_rest)
@@ -178,7 +178,7 @@ def layer_norm(x, weight=None, bias=None, eps=1e-5, out=None):
     Raises
     ------
     TypeError, ValueError
-        Dtypes differ, or shapes do not belong together.
+        Dtypes differ, or shapes do not belong together; as of :func:`layer_norm_vjp`.
     """
     check_dtypes("layer_norm", x, weight, bias)
     if x.ndim != 2:

@@ -55,9 +55,10 @@ def rearrange(x, y):
                 for i in range(0, n, square):
                     store_part(y, there + i, load_part(x, here + i, n - i), n - i)
     elif by_x == 1 or by_c == 1:
-        # Squares of samples and of the axis that is contiguous, pixels or channels, turned in registers.
+        # Squares of samples and of the axis that is contiguous, pixels or channels, turned in registers. A strip is a run
+        # of ``length`` elements along that axis, which go ``step`` apart in y; ``others`` is the number of the third axis.
         if by_x == 1:
-            length, step = (h * w, c * n) if by_y == w else (w, c * n)
+            length, step = (h * w, c * n) if by_y == w else (w, c * n)  # a whole picture, or row by row
             strips, others, by_other, other_step = h * w // max(length, 1), c, by_c, n
         else:
             length, step, strips, others, by_other, other_step = c, n, h, w, by_x, c * n

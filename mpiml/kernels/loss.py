@@ -38,6 +38,7 @@ def _huber_slope(x, target, delta):
 
 @vector_function
 def _binary(x, target, _):
+    # max(x, 0) - x * target + log(1 + e), with e = exp(-|x|) that cannot overflow.
     e = exp_of_negative(number(x, "0") - fabs(x))
     u = number(x, "1") + e
     # log(u) e / (u - 1) makes up for the rounding of u where e is small.

@@ -49,6 +49,7 @@ def _coefficients(var, c, eps, weight, bias):
 
 @kernel(exact=True, reads="x weight bias", writes="mean var y")
 def _standardize(x, samples, groups, eps, weight, bias, positive, measure, columns, mean, var, y):
+    """y of x (n, c, m), of which mean and var (blocks, groups) are taken with ``measure``; ``columns``: the layout."""
     if measure:
         if columns:
             column_moments(x, samples, groups, mean, var)
@@ -56,6 +57,7 @@ def _standardize(x, samples, groups, eps, weight, bias, positive, measure, colum
             row_moments(x, samples, groups, mean, var)
     scale, offset = _coefficients(var, x.shape[1], eps, weight, bias)
     if columns:
+        # The vjp's form of these kernels takes a g and a slope, too; here anything of their types stands in their place.
         column_affine(x, x, samples, mean, scale, offset, offset, offset, positive, y)
     else:
         row_affine(x, x, samples, mean, scale, offset, offset, y)
@@ -79,6 +81,7 @@ def _where_positive(g, x, samples, eps, weight, bias, mean, var):
 
 @kernel(exact=True, reads="g x weight bias mean var", writes="out")
 def _standardize_vjp(g, x, samples, eps, weight, bias, positive, mean, var, measured, columns, out, dweight, dbias):
+    """``out``, the gradient for x, and those for weight and bias. Statistics that were not ``measured`` are constants."""
     n, c, m = x.shape
     blocks, groups = mean.shape
     each = c // groups
@@ -132,6 +135,7 @@ def _arranged(x, columns):
 
 @public
 def _like(x, columns):
+    """A new array of the shape of x, in one of the two layouts."""
     n, c, m = x.shape
     memory = aligned.empty(x.size, x.dtype)
     return memory.reshape(m, c, n).transpose(2, 1, 0) if columns else memory.reshape(n, c, m)
@@ -211,6 +215,11 @@ def standardize_vjp(g, x, mean, var, samples=1, eps=1e-5, weight=None, bias=None
     -------
     dx : (n, c, m) array in the layout of x
     dweight, dbias : (c,) arrays
+
+    Raises
+    ------
+    TypeError, ValueError
+        As :func:`standardize`, or a ``g`` or statistics of shapes that do not belong to x.
     """
     check_dtypes("standardize_vjp", g, x, mean, var, weight, bias)
     return _vjp(g, x, mean, var, samples, eps, weight, bias, relu, True)

@@ -2,6 +2,14 @@
 
 See :mod:`mpiml.kernels.normalize`. A place is a row of k = c * n columns, taken in whole vectors; where their number does
 not come out even, the last vector begins earlier and overlaps the one before. Several rows are taken at a time.
+
+Sums of columns have a *slot* for each lane of each vector, more than k where the last one overlaps: with 4 lanes and k = 6
+
+    columns  0 1 2 3 4 5
+    slots    0 1 2 3          of columns 0 1 2 3
+                    4 5 6 7   of columns 2 3 4 5
+
+so slots are added to without a thought, and at the end those of the last vector that count are moved to their columns.
 """
 
 import numpy as np
@@ -90,7 +98,7 @@ _moments, _moments_of_one = _make_moments(ROWS), _make_moments(1)
 
 @kernel(exact=True)
 def _unfold(sums, k):
-    """Bring the sums of the last, overlapping vector to the places of their columns."""
+    """Bring the sums of the last, overlapping vector from its slots to the places of their columns."""
     out_of_line()
     parts, slots = sums.shape
     for part in range(parts):
@@ -166,7 +174,7 @@ def _sample_moments(x, step, mean, var):
     count = x.dtype.type(each * m)
     total, square = np.empty((parts, -(-k // parts) * parts), x.dtype), np.empty((parts, -(-k // parts) * parts), x.dtype)
     off, rest = np.zeros(k, x.dtype), np.empty_like(mean)
-    for twice in range(2):
+    for twice in range(2):  # about 0: the mean; then about that: its correction, and the variance
         total[:] = 0
         square[:] = 0
         _add_deviations(x, step, x, step, m, k, off, off, off, False, total, square)
@@ -180,11 +188,16 @@ def _sample_moments(x, step, mean, var):
                     mean[i, group] += rest[i, group]
                 else:
                     mean[i, group] = rest[i, group]
-        off = expand(mean, n, c, 1, True)
+        off = expand(mean, n, c, 1)
 
 
 @kernel(exact=True)
 def column_moments(x, samples, groups, mean, var):
+    """Mean and biased variance, (blocks, groups), of x (n, c, m).
+
+    Each column's mean and squares about it first; then the mean of these means, and to the squares about the columns'
+    means is added what these differ from it (Chan, Golub and LeVeque 1983).
+    """
     n, c, m = x.shape
     k, step, width, t = n * c, x.strides[2] // x.itemsize, lanes(x), x.dtype.type
     if samples == 1:
@@ -228,8 +241,8 @@ def column_products(g, x, samples, mean, scale, offset, relu, total, product):
     k, width, size = n * c, lanes(x), x.itemsize
     shape = (width if samples == 1 else 1, -(-k // width) * width)
     totals, products = np.zeros(shape, x.dtype), np.zeros(shape, x.dtype)
-    _add_products(g, g.strides[2] // size, x, x.strides[2] // size, m, k, expand(mean, n, c, samples, True),
-                  expand(scale, n, c, samples, True), expand(offset, n, c, samples, True), relu, totals, products)
+    _add_products(g, g.strides[2] // size, x, x.strides[2] // size, m, k, expand(mean, n, c, samples),
+                  expand(scale, n, c, samples), expand(offset, n, c, samples), relu, totals, products)
     if samples == 1:
         _add_parts(totals, n, 1, total)
         _add_parts(products, n, 1, product)
@@ -239,18 +252,16 @@ def column_products(g, x, samples, mean, scale, offset, relu, total, product):
 
 
 @kernel(exact=True)
-def expand(values, n, c, samples, columns):
-    """``values`` of (blocks, groups) as coefficients of (blocks, channels), or of all columns."""
+def expand(values, n, c, samples):
+    """``values`` (blocks, groups) as coefficients (c * n,) of all columns."""
     out_of_line()
     blocks, groups = values.shape
     each = c // groups
-    out = np.empty(c * n if columns else c * blocks, values.dtype)
+    out = np.empty(c * n, values.dtype)
     for ch in range(c):
         for b in range(blocks):
             value = values[b, ch // each]
-            if not columns:
-                out[b * c + ch] = value
-            elif samples == 1:
+            if samples == 1:
                 out[ch * n + b] = value
             else:
                 end = ch * n + min((b + 1) * samples, n)
@@ -272,10 +283,10 @@ def _make_column_affine(vjp):
         n, c, m = x.shape
         size = x.itemsize
         k, g_step, step, y_step = n * c, g.strides[2] // size, x.strides[2] // size, y.strides[2] // size
-        mu, factor = expand(mean, n, c, samples, True), expand(scale, n, c, samples, True)
-        end = expand(offset, n, c, samples, True)
-        tilt = expand(slope, n, c, samples, True) if vjp else end
-        term = expand(shift, n, c, samples, True) if vjp else end
+        mu, factor = expand(mean, n, c, samples), expand(scale, n, c, samples)
+        end = expand(offset, n, c, samples)
+        tilt = expand(slope, n, c, samples) if vjp else end
+        term = expand(shift, n, c, samples) if vjp else end
         whole = m // TILE * TILE
         tiles(g, g_step, x, step, 0, whole, k, mu, factor, end, tilt, term, relu, y, y_step)
         rest(g, g_step, x, step, whole, m, k, mu, factor, end, tilt, term, relu, y, y_step)

@@ -4,12 +4,9 @@ See :mod:`mpiml.kernels.normalize`. Sums over a channel's places are taken lane 
 lane by lane, and over the lanes last.
 """
 
-from numba.extending import register_jitable
-
-from .jit import kernel
+from .jit import inlined, kernel
 from .simd import first_lanes, fma, lanes, load, load_part, reduce_add, select, splat, store, store_part
 
-inlined = register_jitable(inline="always")  # a call that hands over arrays counts references: too much for a short run
 
 @inlined
 def _run_sum(x, i, count):
@@ -61,6 +58,7 @@ def _run_deviations(x, i, count, mean):
 
 @kernel(exact=True)
 def row_moments(x, samples, groups, mean, var):
+    """Mean and biased variance, (blocks, groups), of x (n, c, m): two passes, the second corrects the first one's mean."""
     n, c, m = x.shape
     size = x.itemsize
     by_sample, by_channel = x.strides[0] // size, x.strides[1] // size
@@ -88,6 +86,7 @@ def row_moments(x, samples, groups, mean, var):
 
 @kernel(exact=True)
 def row_products(g, x, samples, mean, total, product):
+    """Sums of g and of g * (x - mean), (blocks, c), for each block and channel; ``mean`` is (blocks, groups)."""
     n, c, m = x.shape
     size = x.itemsize
     each = c // mean.shape[1]

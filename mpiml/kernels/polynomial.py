@@ -18,7 +18,7 @@ normal        4.9      3.1      density times a polynomial in (a - c) / (a + c),
 from llvmlite import ir
 from numba.extending import intrinsic, register_jitable
 
-from .registers import Vector, emit_call
+from .registers import Vector, emit_call, float_fields, llvm_vector
 from .simd import copysign, exponent, fabs, fma, maximum, minimum, power_of_two, rint, select
 
 # Constants and coefficients (highest power first) by the bits of a float.
@@ -28,15 +28,15 @@ _NUMBERS = {
     "1 / ln2": {32: 1.4426950408889634, 64: 1.4426950408889634},
     "largest exp": {32: 89.0, 64: 710.0},  # from here on exp is infinite
     "smallest exp": {32: -104.0, 64: -746.0},  # from here on it is 0
-    "exp of negative is 0": {32: -88.0, 64: -709.0},
-    "large": {32: 1.5 * 2.0**23 + 127, 64: 1.5 * 2.0**52 + 1023},
+    "exp of negative is 0": {32: -88.0, 64: -709.0},  # there 2**n has the exponent field 0, that of 0
+    "large": {32: 1.5 * 2.0**23 + 127, 64: 1.5 * 2.0**52 + 1023},  # floats near it are integers: see simd.power_of_two
     "smallest normal": {32: 2.0**-126, 64: 2.0**-1022},
-    "to normal": {32: 2.0**32, 64: 2.0**64},
-    "its exponent": {32: 32.0, 64: 64.0},
+    "to normal": {32: 2.0**32, 64: 2.0**64},  # a factor that makes normal numbers of subnormal ones,
+    "its exponent": {32: 32.0, 64: 64.0},  # which is 2 to this power
     "half of sqrt 2": {32: 0.5**0.5, 64: 0.5**0.5},
-    "tanh is 1": {32: 10.0, 64: 20.0},
-    "tail is 0": {32: 14.5, 64: 39.0},
-    "tail's c": {32: 3.5, 64: 5.0},
+    "tanh is 1": {32: 10.0, 64: 20.0},  # to the last bit, from here on
+    "tail is 0": {32: 14.5, 64: 39.0},  # standard deviations from here on
+    "tail's c": {32: 3.5, 64: 5.0},  # of (a - c) / (a + c), which maps 0 .. infinity to -1 .. 1
     "1 / sqrt(2 pi)": {32: 0.3989422804014327, 64: 0.3989422804014327},
     "infinity": {32: float("inf"), 64: float("inf")},
     "-infinity": {32: -float("inf"), 64: -float("inf")},
@@ -66,13 +66,12 @@ _POLYNOMIALS = {
     },
 }
 
-# To be used in kernels, which it becomes a part of.
+# For functions of vectors, and loops over them, that become a part of the kernel that calls them: LLVM puts them there.
 vector_function = register_jitable(error_model="numpy", forceinline=True)
 
 
 def _constant(kind, value):
-    number = ir.FloatType() if kind.dtype.bitwidth == 32 else ir.DoubleType()
-    return ir.Constant(ir.VectorType(number, kind.lanes), [value] * kind.lanes)
+    return ir.Constant(llvm_vector(kind), [value] * kind.lanes)
 
 
 @intrinsic(prefer_literal=True)
@@ -103,9 +102,9 @@ def polynomial(typing, x, name):
 def _last_bits_as_exponent(typing, x):
     """The number whose sign and exponent are the last bits of x, 9 in float32, and whose fraction is 0."""
     def code(context, builder, signature, args):
-        bits, mantissa = (32, 23) if x.dtype.bitwidth == 32 else (64, 52)
-        integers = ir.VectorType(ir.IntType(bits), x.lanes)
-        moved = builder.shl(builder.bitcast(args[0], integers), ir.Constant(integers, [mantissa] * x.lanes))
+        fraction, _ = float_fields(x.dtype)
+        integers = ir.VectorType(ir.IntType(x.dtype.bitwidth), x.lanes)
+        moved = builder.shl(builder.bitcast(args[0], integers), ir.Constant(integers, [fraction] * x.lanes))
         return builder.bitcast(moved, args[0].type)
 
     return x(x), code
@@ -115,6 +114,7 @@ def _last_bits_as_exponent(typing, x):
 def _parts_of_exp(x):
     """n, r and q with exp(x) = 2**n * (1 + r * q) and |r| <= log(2) / 2."""
     n = rint(x * number(x, "1 / ln2"))
+    # x - n log(2): the fma takes the product as it is, unrounded, and the rest makes up for the rounding of log(2) itself.
     r = fma(n, number(x, "-1") * number(x, "ln2"), x)
     r = fma(n, number(x, "-1") * number(x, "rest of ln2"), r)
     return n, r, polynomial(r, "expm1(x) / x")
@@ -122,7 +122,7 @@ def _parts_of_exp(x):
 
 @vector_function
 def _scaled(x, n):
-    """x * 2**n for any n twice the range of normal exponents."""
+    """x * 2**n, in two steps: 2**n may lie as far as twice beyond the range of normal exponents."""
     half = rint(n * number(x, "0.5"))
     return x * power_of_two(half) * power_of_two(n - half)
 
@@ -151,7 +151,7 @@ def log(x):
     """The natural logarithm: -infinity of 0, NaN of what is negative."""
     subnormal = x < number(x, "smallest normal")
     y = select(subnormal, x * number(x, "to normal"), x)
-    n = exponent(y * number(x, "half of sqrt 2")) + number(x, "1")
+    n = exponent(y * number(x, "half of sqrt 2")) + number(x, "1")  # so that y / 2**n is in sqrt(1/2) .. sqrt(2)
     f = _scaled(y, number(x, "0") - n) - number(x, "1")
     n = n - select(subnormal, number(x, "its exponent"), number(x, "0"))
     s = f / (number(x, "2") + f)
@@ -186,7 +186,7 @@ def normal(x):
     a = minimum(number(x, "tail is 0"), fabs(x))
     c = number(x, "tail's c")
     square = a * a
-    rest = fma(a, a, number(x, "0") - square)
+    rest = fma(a, a, number(x, "0") - square)  # what the rounding of a * a lost, exactly
     e = exp_of_negative(square * number(x, "-0.5"))
     e = fma(e, rest * number(x, "-0.5"), e)  # the rounding of a * a counts a hundred times in the tail
     r = number(x, "1") / (a + c)

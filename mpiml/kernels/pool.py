@@ -13,7 +13,7 @@ from .public import check_dtypes, public, refuse
 from .simd import lanes, load_part, load_whole, out_of_line, select, splat, store_part, store_whole
 from .tile import load_row, store_tile, tile_add, tile_multiply, zero_tile
 
-PIXELS = 1 << 24  # in an image: so many whole numbers has float32
+PIXELS = 1 << 24  # in an image, at most: places are kept as float32, in which larger numbers are no longer all different
 
 
 @kernel
@@ -32,6 +32,7 @@ def _better(v, here, best, where):
 
 @kernel(exact=True, reads="x", writes="y index")
 def _max_pool(x, y, index, size, stride, padding):
+    """Two vectors at a time, ``best`` and ``second``, at places ``where`` and ``beside``: neither waits for the other."""
     out_of_line()
     n, c, h, w = x.shape
     block = n * c
@@ -42,7 +43,7 @@ def _max_pool(x, y, index, size, stride, padding):
             left, right = _window(ox, w, size[1], stride[1], padding[1])
             to = (oy * y.shape[3] + ox) * block
             for i in range(0, block, 2 * full):
-                first, then = i, min(i + full, block)  # two vectors at a time, of which the second may be empty
+                first, then = i, min(i + full, block)  # the second one may be empty
                 best = load_part(x, (top * w + left) * block + first, block - first)
                 second = load_part(x, (top * w + left) * block + then, block - then)
                 where = splat(x.dtype.type(top * w + left))
@@ -61,6 +62,7 @@ def _max_pool(x, y, index, size, stride, padding):
 
 @kernel(exact=True, reads="g index", writes="x")
 def _max_pool_vjp(g, index, x, size, stride, padding):
+    """Each pixel of each window of x gets g where ``index`` says so; it is added to what is there if windows overlap."""
     out_of_line()
     n, c, h, w = x.shape
     block = n * c
@@ -185,7 +187,8 @@ def max_pool2d(x, size, stride, padding=(0, 0)):
 def max_pool2d_vjp(g, index, x_shape, size, stride, padding=(0, 0)):
     """Gradient for x, of shape ``x_shape``: each element of ``g`` goes to where its maximum came from.
 
-    ``index`` is what :func:`max_pool2d` returned with the same ``size``, ``stride`` and ``padding``.
+    ``index`` is what :func:`max_pool2d` returned with the same ``size``, ``stride`` and ``padding``; one of another shape
+    than ``g`` is a ValueError.
     """
     check_dtypes("max_pool2d_vjp", g)
     if g.shape != index.shape:

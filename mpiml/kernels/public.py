@@ -13,7 +13,7 @@ _FLOATS = np.dtype(np.float32), np.dtype(np.float64)
 
 
 def public(function):
-    """Let ``function`` be called from Python and from ``@njit`` code."""
+    """Let ``function`` be called from Python and from ``@njit`` code, where a division by 0 is as in NumPy, no error."""
     return register_jitable(error_model="numpy")(function)
 
 
@@ -21,6 +21,9 @@ def refuse(text, *values):
     """Raise the ValueError that ``text``, formatted with ``values``, says."""
     raise ValueError(text.format(*values))
 
+
+# An @overload says what stands in compiled code for the Python function it names: it is called with types, not values,
+# and returns the function to compile. So what can be seen from types alone is refused while compiling.
 
 @overload(refuse, prefer_literal=True)
 def _refuse(text, *values):
@@ -43,10 +46,15 @@ def check_dtypes(name, x, *others):
                             f".astype(np.{other.dtype}), or the other")
 
 
+def _each(arguments):
+    """The types of ``*arguments``: numba gives an overload either them or one tuple type that holds them."""
+    together = len(arguments) == 1 and isinstance(arguments[0], (tuple, numba.types.BaseTuple))
+    return arguments[0] if together else arguments
+
+
 @overload(check_dtypes)
 def _check_dtypes(name, x, *others):
-    others = others[0] if len(others) == 1 and isinstance(others[0], (tuple, numba.types.BaseTuple)) else others
-    arrays = [x, *(other for other in others if isinstance(other, numba.types.Array))]
+    arrays = [x, *(other for other in _each(others) if isinstance(other, numba.types.Array))]
     if len({a.dtype for a in arrays}) > 1 or x.dtype not in (numba.float32, numba.float64):
         raise numba.errors.TypingError("a kernel of mpiml takes arrays of one dtype, float32 or float64, not "
                                        + ", ".join(str(a.dtype) for a in arrays))
@@ -62,8 +70,7 @@ def check_writable(*arrays):
 
 @overload(check_writable)
 def _check_writable(*arrays):
-    arrays = arrays[0] if len(arrays) == 1 and isinstance(arrays[0], (tuple, numba.types.BaseTuple)) else arrays
-    if any(isinstance(array, numba.types.Array) and not array.mutable for array in arrays):
+    if any(isinstance(array, numba.types.Array) and not array.mutable for array in _each(arrays)):
         raise numba.errors.TypingError("a kernel of mpiml is to write to a read-only array")
     return lambda *arrays: None
 
@@ -88,3 +95,20 @@ def contiguous_output(out, shape, dtype):
     if not y.flags.c_contiguous:
         refuse("the result is written to a C-contiguous out, not to one of shape {} with strides {}", y.shape, y.strides)
     return y
+
+
+@public
+def whole_rows(x):
+    """``x`` (..., features), or a copy of it if the elements of a row, the last axis, do not follow each other."""
+    if x.strides[x.ndim - 1] == x.itemsize or x.shape[-1] == 1:  # the stride of an axis of one element means nothing
+        return x
+    return np.ascontiguousarray(x)
+
+
+@public
+def matrix(x):
+    """``x`` (..., features) as a matrix (rows, features): as it lies if it is one, else contiguous, copied if need be."""
+    if x.ndim == 2:
+        return x
+    features = x.shape[-1]
+    return np.ascontiguousarray(x).reshape((x.size // max(features, 1), features))  # -1 would not do for an empty one

@@ -54,11 +54,18 @@ class Mask(types.Type):
 
 
 def llvm_float(dtype):
+    """LLVM's type for numba's float32 or float64."""
     return ir.FloatType() if dtype == types.float32 else ir.DoubleType()
 
 
 def llvm_vector(vector):
+    """LLVM's type for a :class:`Vector`."""
     return ir.VectorType(llvm_float(vector.dtype), vector.lanes)
+
+
+def float_fields(dtype):
+    """Of IEEE 754's floats: how many bits the fraction has, the lowest ones, and what is added to the exponent above it."""
+    return (23, 127) if dtype == types.float32 else (52, 1023)
 
 
 @register_model(Vector)
@@ -83,18 +90,20 @@ def emit_call(builder, name, kind, *args):
     return builder.call(function, args)
 
 
-def emit_pointer(context, builder, array, value, position, dtype=None):
-    """Address of an array's element by its flat position; with ``dtype`` of a vector there."""
+def emit_pointer(context, builder, array, value, position, kind=None):
+    """Address of an element, by its flat position, of an array of this type and value; of a vector of a ``kind`` there."""
     data = context.make_array(array)(context, builder, value).data
     address = builder.gep(data, [position])
-    return builder.bitcast(address, llvm_vector(dtype).as_pointer()) if dtype else address
+    return builder.bitcast(address, llvm_vector(kind).as_pointer()) if kind else address
 
 
 def emit_moved(builder, position, elements):
+    """``position + elements``, where the second is known when this is compiled."""
     return builder.add(position, ir.Constant(position.type, elements)) if elements else position
 
 
 def emit_splat(builder, kind, value):
+    """A vector with the number ``value`` in all lanes: put into the first one, from where a shuffle copies it to all."""
     llvm_kind = ir.VectorType(value.type, kind.lanes)
     one = builder.insert_element(ir.Constant(llvm_kind, ir.Undefined), value, ir.Constant(INT, 0))
     zeros = ir.Constant(ir.VectorType(INT, kind.lanes), [0] * kind.lanes)
@@ -107,36 +116,50 @@ def emit_first(builder, kind, count):
     return builder.icmp_signed("<", numbers, emit_splat(builder, kind, count))
 
 
-def emit_load(builder, kind, address, count=None):
-    if count is None:
-        return builder.load(address, align=kind.dtype.bitwidth // 8)
-    vector = llvm_vector(kind)
-    mask = emit_first(builder, kind, count)
+def emit_masked_load(builder, vector, element, address, mask, size):
+    """The ``vector`` (LLVM's type, of an ``element`` such as "f32") at an address: 0, and nothing read, where masked out."""
     function = cgutils.get_or_insert_function(
         builder.module, ir.FunctionType(vector, [address.type, INT, mask.type, vector]),
-        f"llvm.masked.load.v{kind.lanes}f{kind.dtype.bitwidth}.p0")
-    align = ir.Constant(INT, kind.dtype.bitwidth // 8)
-    return builder.call(function, [address, align, mask, ir.Constant(vector, None)])
+        f"llvm.masked.load.v{vector.count}{element}.p0")
+    return builder.call(function, [address, ir.Constant(INT, size), mask, ir.Constant(vector, None)])
+
+
+def emit_masked_store(builder, value, element, address, mask, size):
+    """Write the lanes of a vector that ``mask`` lets through; ``size``, here and above, is that of an element in bytes."""
+    function = cgutils.get_or_insert_function(
+        builder.module, ir.FunctionType(ir.VoidType(), [value.type, address.type, INT, mask.type]),
+        f"llvm.masked.store.v{value.type.count}{element}.p0")
+    builder.call(function, [value, address, ir.Constant(INT, size), mask])
+
+
+def emit_load(builder, kind, address, count=None):
+    """The vector at an address that need not be that of a whole vector; with ``count``, of its first lanes."""
+    size = kind.dtype.bitwidth // 8
+    if count is None:
+        return builder.load(address, align=size)
+    mask = emit_first(builder, kind, count)
+    return emit_masked_load(builder, llvm_vector(kind), f"f{8 * size}", address, mask, size)
 
 
 def emit_store(builder, kind, value, address, count=None):
+    """Write a vector, or its first ``count`` lanes, to an address."""
+    size = kind.dtype.bitwidth // 8
     if count is None:
-        builder.store(value, address, align=kind.dtype.bitwidth // 8)
-        return
-    mask = emit_first(builder, kind, count)
-    function = cgutils.get_or_insert_function(
-        builder.module, ir.FunctionType(ir.VoidType(), [value.type, address.type, INT, mask.type]),
-        f"llvm.masked.store.v{kind.lanes}f{kind.dtype.bitwidth}.p0")
-    builder.call(function, [value, address, ir.Constant(INT, kind.dtype.bitwidth // 8), mask])
+        builder.store(value, address, align=size)
+    else:
+        emit_masked_store(builder, value, f"f{8 * size}", address, emit_first(builder, kind, count), size)
 
 
-def emit_fetch(builder, address):
-    """Have the line of the cache at an address fetched while the work goes on; any address will do."""
+def emit_fetch(builder, address, near=3):
+    """Have the line of the cache at an address fetched while the work goes on; any address will do.
+
+    ``near`` is 3 for the first cache, 2 for the second.
+    """
     byte = builder.bitcast(address, ir.IntType(8).as_pointer())
     function = cgutils.get_or_insert_function(
         builder.module, ir.FunctionType(ir.VoidType(), [byte.type, INT, INT, INT]), "llvm.prefetch.p0")
-    read, close, data = (ir.Constant(INT, value) for value in (0, 3, 1))
-    builder.call(function, [byte, read, close, data])
+    read, how_near, data = (ir.Constant(INT, value) for value in (0, near, 1))  # to read; data, not instructions
+    builder.call(function, [byte, read, how_near, data])
 
 
 def emit_counts(builder, count, given, kind, vectors):
@@ -145,11 +168,12 @@ def emit_counts(builder, count, given, kind, vectors):
 
 
 def optional(count):
+    """The type of an argument that may be None: a number of elements, given as that or left out."""
     return types.none if count is types.none else types.intp
 
 
 def emit_reduce(builder, kind, v, combine):
-    # Halves, quarters, ...: a tree of fixed shape.
+    """All lanes of ``v`` combined to one number: its halves, the halves of that, ..., a tree of fixed shape."""
     size = kind.lanes
     while size > 1:
         size //= 2

@@ -1,8 +1,9 @@
 """A block of scores: products of some queries with some keys, what becomes of them, and what they weigh.
 
-A block lies in memory of its own, with a row of ROOM elements for each query. What a query does not see is -infinity, of
-which the exponential is 0. So the rows are worked on in whole vectors, and ROWS of them equally far: a loop that is as
-long as the last one is foreseen by the processor, which is worth more than the few elements saved.
+A block lies in memory of its own, ``s``, with a row of ROOM elements for each query: row r is query i0 + r, column j is key
+j0 + j, of ``rows`` queries and ``n`` keys. Other arrays are given as in :mod:`mpiml.kernels.gemm`. What a query does not
+see is -infinity, of which the exponential is 0. So the rows are worked on in whole vectors, and ROWS of them equally far:
+a loop that is as long as the last one is foreseen by the processor, which is worth more than the few elements saved.
 
 Blocks begin at multiples of QUERIES and of KEYS, both multiples of ROWS. The causal mask is left to whole tiles as far as
 possible: what lies above the diagonal is not computed.
@@ -75,7 +76,7 @@ def by_key(s, g, gi, g_row, out, oi, o_row, i0, rows, j0, n, columns, causal):
 
 @kernel(exact=True, writes="s")
 def add_bias(s, rows, n, bias, bi):
-    """Add 0 or -infinity to the columns of a block."""
+    """Add 0 or -infinity, which stand in ``bias`` from position ``bi``, to the columns of a block."""
     out_of_line()
     step = lanes(s)
     for r in range(rows):
@@ -136,7 +137,10 @@ def exponentials(s, out, oi, o_row, columns, i0, rows, j0, n, causal, top, total
 
 @kernel(exact=True, writes="s ds")
 def slopes(s, ds, i0, rows, j0, n, causal, logsumexp, delta):
-    """In place of scores s their probabilities; in place of gradients ds for these, those for the scores."""
+    """In place of scores s their probabilities; in place of gradients ds for these, those for the scores.
+
+    ``logsumexp`` and ``delta`` have a number for each row, see :func:`mpiml.kernels.flash.backward`.
+    """
     out_of_line()
     s = borrowed(s)
     step = lanes(s)

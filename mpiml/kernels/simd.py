@@ -26,12 +26,16 @@ from .registers import (
     Mask,
     Vector,
     emit_call,
+    emit_fetch,
     emit_first,
     emit_load,
+    emit_masked_load,
+    emit_masked_store,
     emit_pointer,
     emit_reduce,
     emit_splat,
     emit_store,
+    float_fields,
     llvm_vector,
 )
 
@@ -109,11 +113,7 @@ def store_part(typing, a, i, v, count):
 def prefetch(typing, a, i):
     """Have the cache line of position ``i`` of ``a`` brought to the second cache, and go on meanwhile."""
     def code(context, builder, signature, args):
-        address = builder.bitcast(emit_pointer(context, builder, a, *args), ir.IntType(8).as_pointer())
-        function = cgutils.get_or_insert_function(
-            builder.module, ir.FunctionType(ir.VoidType(), [address.type, INT, INT, INT]), "llvm.prefetch.p0")
-        # For reading (0); how near (3 is the first cache); data (1), not instructions.
-        builder.call(function, [address, ir.Constant(INT, 0), ir.Constant(INT, 2), ir.Constant(INT, 1)])
+        emit_fetch(builder, emit_pointer(context, builder, a, *args), near=2)
         return context.get_dummy_value()
 
     return types.none(a, types.intp), code
@@ -140,11 +140,7 @@ def store_whole(typing, a, i, v, count):
     def code(context, builder, signature, args):
         integers = builder.fptosi(args[2], ir.VectorType(INT, v.lanes))
         address = builder.bitcast(emit_pointer(context, builder, a, *args[:2]), integers.type.as_pointer())
-        mask = emit_first(builder, v, args[3])
-        function = cgutils.get_or_insert_function(
-            builder.module, ir.FunctionType(ir.VoidType(), [integers.type, address.type, INT, mask.type]),
-            f"llvm.masked.store.v{v.lanes}i32.p0")
-        builder.call(function, [integers, address, ir.Constant(INT, 4), mask])
+        emit_masked_store(builder, integers, "i32", address, emit_first(builder, v, args[3]), 4)
         return context.get_dummy_value()
 
     return types.none(a, types.intp, v, types.intp), code
@@ -156,11 +152,7 @@ def load_whole(typing, a, i, like, count):
     def code(context, builder, signature, args):
         integers = ir.VectorType(INT, like.lanes)
         address = builder.bitcast(emit_pointer(context, builder, a, *args[:2]), integers.as_pointer())
-        mask = emit_first(builder, like, args[3])
-        function = cgutils.get_or_insert_function(
-            builder.module, ir.FunctionType(integers, [address.type, INT, mask.type, integers]),
-            f"llvm.masked.load.v{like.lanes}i32.p0")
-        loaded = builder.call(function, [address, ir.Constant(INT, 4), mask, ir.Constant(integers, None)])
+        loaded = emit_masked_load(builder, integers, "i32", address, emit_first(builder, like, args[3]), 4)
         return builder.sitofp(loaded, llvm_vector(like))
 
     return like(a, types.intp, like, types.intp), code
@@ -220,6 +212,7 @@ def _lanewise(name, arguments, build, result=lambda v: v):
 
         return result(v)(*[v] * arguments), code
 
+    # Numba reads the number of an intrinsic's arguments from its parameters, so each needs a function of its own.
     if arguments == 1:
         def typed(typing, a):
             return make(a) if isinstance(a, Vector) else None
@@ -248,12 +241,12 @@ minimum.__doc__ = "The smaller one; ``b`` where either is NaN."
 
 
 def _power_of_two(builder, kind, n):
-    # A large number added, n + bias stands in the last bits of the sum; moved up, it is the exponent's field.
-    bits = kind.dtype.bitwidth
-    mantissa, bias = (23, 127) if bits == 32 else (52, 1023)
-    integers = ir.VectorType(ir.IntType(bits), kind.lanes)
-    moved = builder.fadd(n, ir.Constant(n.type, [1.5 * 2.0**mantissa + bias] * kind.lanes))
-    field = builder.shl(builder.bitcast(moved, integers), ir.Constant(integers, [mantissa] * kind.lanes))
+    # The spacing of floats near 1.5 * 2**fraction is 1: so n + bias stands in the last bits of the sum, and moved up by the
+    # fraction's width it is the exponent's field.
+    fraction, bias = float_fields(kind.dtype)
+    integers = ir.VectorType(ir.IntType(kind.dtype.bitwidth), kind.lanes)
+    moved = builder.fadd(n, ir.Constant(n.type, [1.5 * 2.0**fraction + bias] * kind.lanes))
+    field = builder.shl(builder.bitcast(moved, integers), ir.Constant(integers, [fraction] * kind.lanes))
     return builder.bitcast(field, n.type)
 
 
@@ -262,10 +255,9 @@ power_of_two.__doc__ = "2**n for integers ``n`` in the range of normal exponents
 
 
 def _exponent(builder, kind, x):
-    bits = kind.dtype.bitwidth
-    mantissa, bias = (23, 127) if bits == 32 else (52, 1023)
-    integers = ir.VectorType(ir.IntType(bits), kind.lanes)
-    shifted = builder.lshr(builder.bitcast(x, integers), ir.Constant(integers, [mantissa] * kind.lanes))
+    fraction, bias = float_fields(kind.dtype)
+    integers = ir.VectorType(ir.IntType(kind.dtype.bitwidth), kind.lanes)
+    shifted = builder.lshr(builder.bitcast(x, integers), ir.Constant(integers, [fraction] * kind.lanes))
     return builder.sitofp(builder.sub(shifted, ir.Constant(integers, [bias] * kind.lanes)), x.type)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from .jit import kernel
 from .polynomial import exp_of_negative, log, vector_function
-from .public import check_dtypes, output, public, refuse
+from .public import check_dtypes, matrix, output, public, refuse
 from .simd import (
     borrowed,
     first_lanes,
@@ -29,6 +29,7 @@ _NOTHING = -np.inf  # what the lanes behind the end of a row hold: exp of it is 
 
 
 # --- A row of n elements from flat position i -----------------------------------------------------------------
+# Two vectors at a time, ``a`` and ``b``: neither has to wait for the other.
 
 @vector_function
 def row_top(x, i, n):
@@ -99,12 +100,13 @@ def block_exponentials(x, at, y, to, rows, n, tops, totals):
 
 @vector_function
 def block_rows(n):
-    """How many rows are done at once: no more than fit into the first cache."""
+    """How many rows of n are done at once: what two passes over them need stays in the first cache, 8 KiB of float32."""
     return max(1, min(BLOCK, 2048 // n))
 
 
 @vector_function
 def log_totals(totals):
+    """Logarithms in place of the sums, in whole vectors; what becomes of the places of no row is read by nobody."""
     for i in range(0, totals.size, lanes(totals)):
         store(totals, i, log(load(totals, i)))
 
@@ -181,12 +183,12 @@ _softmax_vjp, _log_softmax_vjp = _make_vjp(_softmax_slope, True), _make_vjp(_log
 
 @public
 def _by_rows(run, name, x, out):
+    """``run(x, y)`` for the rows of arrays (..., n); the result in ``out``, if there is one."""
     check_dtypes(name, x)
     y = output(out, x.shape, x.dtype)
     if x.size:
-        n = x.shape[-1]
         whole = np.ascontiguousarray(y)
-        run(np.ascontiguousarray(x).reshape((-1, n)), whole.reshape((-1, n)))
+        run(matrix(np.ascontiguousarray(x)), matrix(whole))
         if out is not None:
             y[...] = whole
     return y
@@ -194,14 +196,14 @@ def _by_rows(run, name, x, out):
 
 @public
 def _by_rows_vjp(run, name, g, y, out):
+    """``run(g, y, result)``, in the same way."""
     check_dtypes(name, g, y)
     if g.shape != y.shape:
         refuse("a gradient of shape {} for a result of shape {}", g.shape, y.shape)
     result = output(out, g.shape, g.dtype)
     if g.size:
-        n = g.shape[-1]
         whole = np.ascontiguousarray(result)
-        run(np.ascontiguousarray(g).reshape((-1, n)), np.ascontiguousarray(y).reshape((-1, n)), whole.reshape((-1, n)))
+        run(matrix(np.ascontiguousarray(g)), matrix(np.ascontiguousarray(y)), matrix(whole))
         if out is not None:
             result[...] = whole
     return result
@@ -253,7 +255,7 @@ def logsumexp(x):
         refuse("logsumexp takes at least one number in each row, not an input of shape {}", x.shape)
     y = np.empty(x.shape[:-1], x.dtype)
     if x.size:
-        _log_sum_exp(np.ascontiguousarray(x).reshape((-1, x.shape[-1])), y.reshape(-1))
+        _log_sum_exp(matrix(np.ascontiguousarray(x)), y.reshape(-1))
     return y
 
 

@@ -4,7 +4,14 @@ A convolution, and its gradient for the image, are both: go through the pixels o
 whose pixel of the source lies inside the image; sum ``weight[tap] * source[pixel]``. Along one axis the taps of one
 result pixel are a run: every so many-th tap, on every so many-th pixel. So an axis is described by an *order*, in which
 the taps are stored, a *step* from pixel to pixel, and three numbers for each result pixel: its first tap in that order,
-how many there are, and the source pixel that the first one meets. Padding is nowhere: it is a shorter run.
+how many there are, and the source pixel that the first one meets. Padding is nowhere: it is a shorter run. For 5 pixels, 3
+taps and a padding of 1, say:
+
+    result pixel   first tap   taps   first source pixel
+         0             1         2            0               tap 0 would meet the padding
+         1             0         3            0
+         ...
+         4             0         2            3               tap 2 would
 """
 
 import math
@@ -18,11 +25,11 @@ FIRST, COUNT, SOURCE = range(3)
 
 @kernel
 def forward_taps(size, k, out, stride, padding, dilation):
-    """(order, runs, step) of a convolution from ``size`` pixels to ``out``."""
+    """(order (k,), runs (out, 3), step) of a convolution from ``size`` pixels to ``out``."""
     order, runs = np.arange(k), np.zeros((out, 3), np.int64)
     for o in range(out):
         start = o * stride - padding
-        first = max(0, -(start // dilation))
+        first = max(0, -(start // dilation))  # -(a // b) is -a / b rounded up
         runs[o, FIRST] = first
         runs[o, COUNT] = max(0, min(k, (size - 1 - start) // dilation + 1) - first)
         runs[o, SOURCE] = start + first * dilation
@@ -31,7 +38,7 @@ def forward_taps(size, k, out, stride, padding, dilation):
 
 @kernel
 def backward_taps(size, k, out, stride, padding, dilation):
-    """(order, runs, step) of its gradient, from ``out`` pixels to ``size``.
+    """(order (k,), runs (size, 3), step) of its gradient, from ``out`` pixels to ``size``.
 
     Pixel i receives from output o by tap t where ``i + padding = o * stride + t * dilation``: every ``period``-th tap,
     and as that falls, the outputs rise by ``step``. A stride makes ``period`` kinds of pixels ("phases") that have

@@ -187,10 +187,15 @@ def at_least(typing, tile, low):
 
 
 def _turned(builder, kind, rows):
-    """The columns of the square of vectors ``rows``."""
+    """The columns of the square of vectors ``rows``.
+
+    Each of log2(lanes) rounds exchanges the off-diagonal quarters of blocks of twice the size: of 2 x 2 elements first, of
+    the whole square last.
+    """
     lanes, half = kind.lanes, 1
     rows = list(rows)
     while half < lanes:
+        # A shuffle counts the lanes of its two vectors as one row, so lane m of the second one is lanes + m.
         upper = [m if not m & half else lanes + m - half for m in range(lanes)]
         lower = [m + half if not m & half else lanes + m for m in range(lanes)]
         for m in range(lanes):
@@ -204,10 +209,7 @@ def _turned(builder, kind, rows):
 
 @intrinsic
 def turn(typing, a, i, a_row, b, j, b_row):
-    """Transpose a square of lanes x lanes elements: its rows lie in ``a`` from i, in ``b`` from j, ``_row`` apart.
-
-    Each of log2(lanes) rounds exchanges the off-diagonal quarters of blocks of twice the size.
-    """
+    """Transpose a square of lanes x lanes elements: its rows lie in ``a`` from i, in ``b`` from j, ``_row`` apart."""
     kind = Vector(a.dtype)
     lanes = kind.lanes
 
@@ -233,7 +235,7 @@ def turn_part(typing, a, i, a_row, b, j, b_row, rows, columns):
 
     def code(context, builder, signature, args):
         def part(m, inside, along):
-            # No lane at all of a row that is not there.
+            # How many lanes of row m there are: none where the row is not inside.
             present = builder.icmp_signed("<", ir.Constant(inside.type, m), inside)
             return builder.select(present, along, ir.Constant(along.type, 0))
 
@@ -279,6 +281,7 @@ def _tilewise(name, arguments, build):
 
         return tile(*kinds), code
 
+    # As in simd: numba reads the number of arguments from the parameters.
     if arguments == 2:
         def typed(typing, a, b):
             return make(a, b)

@@ -16,14 +16,14 @@ from .public import check_dtypes, check_writable, public, refuse
 
 @kernel
 def _sgd(w, g, velocity, lr, momentum, nesterov, weight_decay):
-    t = w.dtype.type
+    t = w.dtype.type  # a float64 among float32 numbers would make the whole line one of float64
     lr, momentum, weight_decay = t(lr), t(momentum), t(weight_decay)
     if velocity.size == 0:
         for i in range(w.size):
             w[i] -= lr * (g[i] + weight_decay * w[i])
             g[i] = t(0)
         return
-    of_d, of_v = (lr, lr * momentum) if nesterov else (t(0), lr)
+    of_d, of_v = (lr, lr * momentum) if nesterov else (t(0), lr)  # shares of the gradient and of v in the step
     for i in range(w.size):
         d = g[i] + weight_decay * w[i]
         v = momentum * velocity[i] + d
@@ -60,6 +60,7 @@ def _length(x):
 
 @kernel
 def _are_bounds(bounds, adapt, n):
+    """Do they rise from 0 to n, one more than there are parameters?"""
     if len(bounds) != len(adapt) + 1 or bounds[0] != 0 or bounds[-1] != n:
         return False
     for p in range(len(adapt)):
@@ -208,7 +209,7 @@ def lamb(w, g, m, v, bounds, adapt, lr, beta1, beta2, rest1, rest2, correction1,
 
     u = m / correction1 / (sqrt(v / correction2) + eps) + weight_decay * w;  w -= lr * |w| / |u| * u, with Adam's moments.
     Parameters that are not adapted, or where a norm is 0, take the ratio 1; those not adapted do not decay.
-    The other arguments are those of :func:`adam` and :func:`lars`.
+    The other arguments, and the errors, are those of :func:`adam` and :func:`lars`.
     """
     _check("lamb", w, g, m, v)
     if not _lamb(w, g, m, v, bounds, adapt, float(lr), float(beta1), float(beta2), float(rest1), float(rest2),
