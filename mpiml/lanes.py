@@ -82,6 +82,13 @@ def program(rows, goals, lanes):
     (n, 3) int64 array
         Each line: two numbers to add, and the number of their sum. Numbers below ``len(rows)`` are those nodes, then
         come the goals, then results in between. Where there is nothing to add, the second number is -1.
+
+    Examples
+    --------
+    >>> leaves = [Node(level=0, index=i) for i in range(3)]
+    >>> program(leaves, [root(3)], lanes=3)  # number 4 is the sum of the first two; 3, the goal, that and the third
+    array([[0, 1, 4],
+           [4, 2, 3]])
     """
     numbers = {node: number for number, node in enumerate(rows)}
     lines = []
@@ -156,9 +163,10 @@ class Leaves:
         self.model, self.held, self.lanes = model, held, lanes
         self.parameters = list(model.layout().values())
         self.rows = dict(zip(cover(held, lanes), rows, strict=True))
-        self.home = {node.index << node.level: row for node, row in self.rows.items()}  # of the node's first lane
+        # A node's first lane accumulates in the node's row, where the sum is to be; the others in spare vectors.
+        self.home = {node.index << node.level: row for node, row in self.rows.items()}
         self.spare, self.views = [], {}
-        self.open, self.ready = {}, {}
+        self.open, self.ready = {}, {}  # {m: vector} of lanes under way; {node: vector} that wait for their neighbours
         self.lock = threading.Lock()
 
     def clear(self):
@@ -190,7 +198,7 @@ class Leaves:
 
     def close(self, m, loss=0.0, samples=0):
         """Lane ``held[m]`` is complete, or has no samples: add it to its neighbour, if that is there."""
-        vector = self.open.pop(m, None)
+        vector = self.open.pop(m, None)  # None is the sum of lanes without samples
         if vector is not None:
             vector[-2:] = loss, samples
         node = Node(0, self.held[m])
@@ -281,10 +289,12 @@ def gradient(model, loss, lanes, first_step=0, threads=None):
     Raises
     ------
     ValueError
-        The number of lanes is none, or a BatchNorm2d would see its batch in pieces.
+        The number of lanes or threads is none, or a BatchNorm2d would see its batch in pieces.
     """
     if not isinstance(lanes, (int, np.integer)) or lanes < 1:
         raise ValueError(f"lanes is a number of pieces of a batch, a whole number above 0, not {lanes!r}")
+    if threads is not None and (not isinstance(threads, (int, np.integer)) or threads < 1):
+        raise ValueError(f"threads is a whole number above 0, not {threads!r}")
     multiple = samples_together(model, lanes)
     threads = min(lanes, cores.threads() if threads is None else threads)
     leaves = Leaves(model, [model.sums], range(lanes), lanes)

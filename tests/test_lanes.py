@@ -211,6 +211,8 @@ def test_what_lanes_refuse():
     alone = MODELS["mlp"]().init()
     with pytest.raises(ValueError, match="a whole number above 0, not 0"):
         lanes.gradient(alone, cross_entropy, 0)
+    with pytest.raises(ValueError, match="threads is a whole number above 0, not 0"):
+        lanes.gradient(alone, cross_entropy, 2, threads=0)
     with pytest.raises(ValueError, match="x has 3 and y has 2"):
         lanes.gradient(alone, cross_entropy, 2)(x[:3], y[:2])
     with pytest.raises(ValueError, match="cut into 2 pieces"):

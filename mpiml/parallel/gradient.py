@@ -88,7 +88,7 @@ def gradient(model, loss, grid, microbatches=None, *, recompute=False, watch=Non
         raise ValueError(f"microbatches is a whole number above 0, not {microbatches!r}")
     if threads is None:
         threads = cores.threads() if grid.lanes and grid.pipe == 1 else 1
-    if not isinstance(threads, int) or threads < 1 or (threads > 1 and not (grid.lanes and grid.pipe == 1)):
+    if not isinstance(threads, (int, np.integer)) or threads < 1 or (threads > 1 and not (grid.lanes and grid.pipe == 1)):
         raise ValueError(f"threads is a whole number above 0, and 1 on a grid without lanes or with a pipeline, not "
                          f"{threads!r}")
     make = functools.partial(_Plan, model, loss, grid, microbatches, recompute, watch, threads)
@@ -156,18 +156,19 @@ class _Plan:
         self.total()
         if watch:
             watch.all_reduce(number, ready, perf_counter())
-        mean, count = float(sums[-2]), float(sums[-1])
+        loss, count = float(sums[-2]), float(sums[-1])
+        # The sum of all elements is not finite if one of them is not.
         check = k.scale(model.gradient, sums.dtype.type(1 / count)) if count else math.nan
-        finite = math.isfinite(mean + check)
+        finite = math.isfinite(loss + check)
         if grid.pipe > 1:
             begin = perf_counter()
-            mean, bad = _over_stages(grid, mean, 0.0 if finite else 1.0)
+            loss, bad = _over_stages(grid, loss, 0.0 if finite else 1.0)
             finite = not bad
             if watch:
                 watch.wait(perf_counter() - begin)
         if not finite:
-            _explain(grid, model, number, x, y, local, mean, count)
-        return mean / count
+            _explain(grid, model, number, x, y, local, loss, count)
+        return loss / count
 
     def _local(self, number, x, y):
         """Put the sums of this rank's share in their rows; return its loss."""
@@ -246,8 +247,8 @@ def _explain(grid, model, number, x, y, local, total, count):
     if grid.all(math.isfinite(total) and np.isfinite(model.gradient).all()):
         return  # only the check itself overflowed
     problem = ""
-    held = [("input", x)] * (0 in model.chunks) + [("target", y)] * (len(model.bounds) - 1 in model.chunks)
-    for name, array in held:
+    looked_at = [("input", x)] * (0 in model.chunks) + [("target", y)] * (len(model.bounds) - 1 in model.chunks)
+    for name, array in looked_at:
         array = np.asarray(array)
         if array.dtype.kind == "f" and not np.isfinite(array).all():
             bad = ~np.isfinite(array)

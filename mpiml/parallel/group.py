@@ -42,7 +42,7 @@ class Group(MPI.Intracomm):
 
     def compare(self, text):
         """Raise a RankError on all ranks if they do not all come with the same text."""
-        mark = zlib.crc32(text.encode())
+        mark = zlib.crc32(text.encode())  # the largest of all, and the largest of all negated: minus the smallest
         marks = np.array([mark, -mark], np.int64)
         super().Allreduce(MPI.IN_PLACE, marks, MPI.MAX)
         if marks[0] != -marks[1]:

@@ -30,7 +30,7 @@ from .error import names
 ELASTIC = os.environ.get("OMPI_MCA_mpi_ft_enable") == "1"  # mpirun --with-ft ulfm: MPI itself tells of ranks that died
 RUNNING, WAITING, LEFT, FAILED = range(4)
 _NOTE = struct.Struct("<qqqd32s?183s")  # state, number of the note, process, time, for whom, others too, in what: 248 bytes
-_ROOM = 256  # bytes for a note; ranks of a node that can be told apart
+_ROOM = 256  # bytes for a note; and as many ranks of a node are told apart, by the 256 bits of a mask
 _LOOK = 0.2  # seconds between two looks
 _LEFT, _CIRCLE = 1.0, 3.0  # seconds until a wait for somebody who left, or a circle, is taken for what it is
 _SIGNAL = getattr(signal, "SIGRTMIN", 0) + 6 if hasattr(signal, "SIGRTMIN") else None  # shows a rank's stack
@@ -123,6 +123,7 @@ class Recorder:
     # What the watchdog sees and says.
 
     def _notes(self):
+        # Somebody may write his note meanwhile. One that is half old does no harm: only what has lasted for seconds counts.
         notes = []
         for i, rank in enumerate(self._ranks):
             state, number, pid, since, mask, others, what = _NOTE.unpack_from(self._memory, i * _ROOM)

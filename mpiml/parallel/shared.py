@@ -27,6 +27,7 @@ _PAGE = 4096
 _FUTEX_WAIT, _FUTEX_WAKE = 0, 1  # not the PRIVATE ones: the word is shared between processes
 _FUTEX = {"x86_64": 202, "aarch64": 98, "ppc64le": 221, "riscv64": 98}  # number of the system call
 _ARRIVED, _ROUND, _MARKS = 0, 16, 32  # words in cache lines of their own
+MOST = _PAGE // 4 - _MARKS  # ranks of a node
 _PATIENCE = 0.1  # seconds asleep before Python may look at its signals
 
 _syscall = types.ExternalFunction("syscall", types.int64(
@@ -124,7 +125,10 @@ class SharedSum:
             pass  # Python looks at its signals here
 
     def _compare(self, text):
-        """Meet, and raise a RankError on all ranks if they do not come with the same text."""
+        """Meet, and raise a RankError on all ranks if they do not come with the same text.
+
+        Nobody writes another mark before all have met again, at the end of this sum.
+        """
         self._marks[self._node.rank] = zlib.crc32(text.encode()) >> 1
         self._meet()
         if (self._marks != self._marks[0]).any():

@@ -97,7 +97,7 @@ def summation(grid, size, dtype):
     # Slices are summed across nodes by ranks of equal number, so the nodes must be alike. All ranks choose
     # alike, before any of them makes memory: a rank of a node of mean size may see less than its neighbour.
     # A rank that died could not be told from a late one there, so an elastic grid adds by messages.
-    memory, alike = None, grid.all(not grid.elastic and near.size > 1 and across.size * near.size == grid.data)
+    memory, alike = None, grid.all(not grid.elastic and 1 < near.size <= shared.MOST and across.size * near.size == grid.data)
     if alike:
         here = np.empty(near.size, np.int64)  # replicas on this node
         near.Allgather(np.array([grid.replica]), here)
