@@ -137,11 +137,11 @@ class Grid:
             except MPI.Exception:
                 done = False  # on all ranks alike
             if not done:
-                before = self.size
-                text = self._go_on_without()
-                if self.size == before and problem:
-                    raise problem  # nobody died: MPI failed
-                raise RanksLost(text) from problem
+                lost = self._go_on_without()
+                if not lost and problem:
+                    raise problem.__cause__  # nobody died: MPI failed, and would fail again
+                raise RanksLost(f"{names(lost)} died: {self.size} ranks are left, and go on. To try the same batch again: "
+                                f"try: loss = step(x, y); except RanksLost: continue") from problem
             return result
         finally:
             self._attempting = False
@@ -156,7 +156,7 @@ class Grid:
                     raise
 
     def _go_on_without(self):
-        """Become a grid of the ranks that live; who died, as text."""
+        """Become a grid of the ranks that live; the numbers of those that died."""
         before, size = self.comm.ranks, self.size
         self.comm.Revoke()
         comm = self.comm
@@ -169,12 +169,12 @@ class Grid:
             except (MPI.Exception, RanksLost):  # one more
                 comm.Revoke()
         self.generation += 1
-        abort.farewells_of_survivors[:] = [self._leave]
         lost = sorted(set(before) - set(self.comm.ranks))
-        text = f"{names(lost)} died: {self.size} of {size} ranks are left, and go on"
-        if self.rank == 0:
-            abort.say(f"mpiml: {text}\n")
-        return f"{text}. To try the same batch again: try: loss = step(x, y); except RanksLost: continue"
+        if lost:
+            abort.farewells_of_survivors[:] = [self._leave]
+            if self.rank == 0:
+                abort.say(f"mpiml: {names(lost)} died: {self.size} of {size} ranks are left, and go on\n")
+        return lost
 
     def _leave(self):
         """Wait at the end of the program for all that are left."""

@@ -33,7 +33,7 @@ _NOTE = struct.Struct("<qqqd32s?183s")  # state, number of the note, process, ti
 _ROOM = 256  # bytes for a note; and as many ranks of a node are told apart, by the 256 bits of a mask
 _LOOK = 0.2  # seconds between two looks
 _LEFT, _CIRCLE = 1.0, 3.0  # seconds until a wait for somebody who left, or a circle, is taken for what it is
-_SIGNAL = getattr(signal, "SIGRTMIN", 0) + 6 if hasattr(signal, "SIGRTMIN") else None  # shows a rank's stack
+_SIGNAL = signal.SIGRTMIN + 6 if hasattr(signal, "SIGRTMIN") else None  # shows a rank's stack; nobody else's, one hopes
 
 
 class Recorder:
@@ -75,8 +75,8 @@ class Recorder:
                 self._write(WAITING, self._note, *self.whom(range(comm.size)))
                 node.Barrier()
         if _SIGNAL:
-            with contextlib.suppress(ValueError, OSError, RuntimeError, AttributeError):  # no stderr, or not the main thread
-                faulthandler.register(_SIGNAL, all_threads=False)
+            # To the descriptor: without a handler, where the program has no sys.stderr, the signal would end the process.
+            faulthandler.register(_SIGNAL, file=2, all_threads=False)
 
     def whom(self, ranks):
         """How a note tells of some ranks of the job: a mask of those on this node, and whether there are others."""
