@@ -59,7 +59,7 @@ def _job(found, speaks):
 
 
 def run(args):
-    """Run a job, such as mpirun -n 8 python train.py --checkpoint run --resume, and start it again if it fails."""
+    """Run a job, such as mpirun -n 8 python train.py --run FOLDER --resume, and start it again if it fails."""
     sys.exit(restart.run(args.job, args.restarts, args.fewer))
 
 
