@@ -22,6 +22,7 @@ ALLOWED = {
     "lanes.py": ({"cores", "data", "kernels", "nn", "tensor"}, {"numpy"}),
     "optim.py": ({"kernels", "nn"}, {"numpy"}),
     "metrics.py": (set(), {"numpy"}),
+    "balance.py": (set(), {"numpy"}),
     "data": ({"data", "random"}, {"numpy", "pooch", "requests"}),
     "save": ({"data", "nn", "restart", "save"}, {"numpy", "safetensors"}),
     "schedule": ({"schedule"}, {"matplotlib", "numpy"}),
