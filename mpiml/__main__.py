@@ -65,7 +65,7 @@ def run(args):
 
 
 def report(args):
-    """What fit(..., run=FOLDER) wrote there, as a page to open in a browser or, with --text, here; several runs are compared."""
+    """Show how a run of fit(..., run=FOLDER) goes or went, as a page for a browser or, with --text, here; or compare some."""
     runs = [reports.read(folder) for folder in args.folders]
     if args.text:
         print(reports.text(runs))

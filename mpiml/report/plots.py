@@ -15,7 +15,7 @@ COLOURS = ("#3d85c6", "#e0782f", "#2f9e6b", "#b067c4", "#c79a1b", "#d14b5f", "#3
 SHARE_COLOURS = dict(zip(SHARES, ("#3d85c6", "#e6a532", "#d14b5f", "#9aa0a8"), strict=True))
 _INK = "#010203"  # stands for the colour of the page's text
 _POINTS = 600  # of a curve: more than a screen shows
-_BARS = 32  # ranks with a bar of their own
+BARS = 32  # ranks with a bar of their own
 _SPANS = 3000  # computations of a timeline
 
 
@@ -34,7 +34,7 @@ def style():
     settings = {"svg.fonttype": "none", "figure.facecolor": "none", "axes.facecolor": "none", "savefig.facecolor": "auto",
                 "text.parse_math": False, "font.size": 11, "axes.titlesize": 11, "axes.spines.top": False,
                 "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.18, "grid.color": _INK, "axes.axisbelow": True,
-                "axes.formatter.limits": (-4, 6), "axes.formatter.use_mathtext": False, "axes.unicode_minus": False}
+                "axes.unicode_minus": False}
     settings |= dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "axes.titlecolor", "xtick.color",
                                "ytick.color"), _INK)
     matplotlib = _matplotlib()
@@ -91,15 +91,17 @@ def thin(x, y, most=_POINTS):
     return x[keep], y[keep]
 
 
-def _axes(title, xlabel, width=6.0, height=3.2):
+def _axes(title, xlabel, width=4.8, height=2.9):
     _matplotlib()
     from matplotlib.figure import Figure
     axes = Figure(figsize=(width, height), layout="constrained").subplots()
     axes.set_xlabel(xlabel)
     axes.set_title(title, loc="left", fontweight="bold")
     axes.margins(x=0.02)
+    axes.yaxis.set_major_formatter("{x:g}")
     if xlabel in ("step", "epoch"):
-        axes.xaxis.get_major_locator().set_params(integer=True, nbins=7)
+        axes.xaxis.get_major_locator().set_params(integer=True, nbins=6)
+        axes.xaxis.set_major_formatter("{x:,.0f}")
     return axes
 
 
@@ -113,22 +115,29 @@ def _per_epoch(run, name):
     return np.array(found, float).reshape(-1, 3).T
 
 
+def has_steps(run):
+    """Whether single steps tell more than the epochs; short ones are hardly noted."""
+    return run.steps["step"].size > len(run.epochs)
+
+
 def _of_steps(axes, x, y, colour, faint):
-    """A curve with a value for each step: faint as it is, and smooth."""
+    """A curve with a value for each step: smooth and, if wanted, faint as it is; returns the smooth values."""
+    means = smooth(y, max(1, min(len(y) // 3, max(15, len(y) // 40))))
     if faint:
         axes.plot(*thin(x, y), color=colour, alpha=0.25, linewidth=0.8)
-    axes.plot(*thin(x, smooth(y, max(1, min(len(y) // 3, max(15, len(y) // 40))))), color=colour, linewidth=1.8)
+    axes.plot(*thin(x, means), color=colour, linewidth=1.8)
+    return means
 
 
 def loss(runs):
     """Training loss of each step and validation loss of each epoch."""
-    axes = _axes("loss", "step", 12.0, 3.8)
+    axes = _axes("loss", "step", 13.0, 4.0)
     lowest, highest = np.inf, 0.0
     for i, run in enumerate(runs):
         colour = COLOURS[i % len(COLOURS)]
-        if run.steps["step"].size > max(2, len(run.epochs)):
+        if has_steps(run):
             x, y = run.steps["step"], run.steps["loss"]
-            _of_steps(axes, x, np.where(np.isfinite(y), y, np.nan), colour, len(runs) <= 4)
+            y = _of_steps(axes, x, np.where(np.isfinite(y), y, np.nan), colour, len(runs) == 1)
         else:
             _, x, y = _per_epoch(run, "loss")
             axes.plot(x, y, color=colour, linewidth=1.8, **_marker(x))
@@ -141,7 +150,11 @@ def loss(runs):
         for step in run.steps["step"][~np.isfinite(run.steps["loss"])][:20]:
             axes.axvline(step, color="#d14b5f", linewidth=1, linestyle=":")
     if 0 < lowest < highest / 30:
+        from matplotlib.ticker import LogLocator, NullFormatter
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 3) if highest > 300 * lowest else (1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")  # the usual one writes TeX
+        axes.yaxis.set_minor_formatter(NullFormatter())
     elif lowest >= 0:
         axes.set_ylim(bottom=0)
     return axes.figure
@@ -163,12 +176,12 @@ def of_steps(runs, name):
     for i, run in enumerate(runs):
         colour = COLOURS[i % len(COLOURS)]
         x, y = run.steps["step"], run.steps[name]
-        if x.size <= max(2, len(run.epochs)):
+        if not has_steps(run):
             _, x, y = _per_epoch(run, name)
         if name == "lr":
             axes.plot(*thin(x, y), color=colour, linewidth=1.8)
         else:
-            _of_steps(axes, x, y, colour, len(runs) <= 4)
+            _of_steps(axes, x, y, colour, len(runs) == 1)
     axes.set_ylim(bottom=0)
     return axes.figure
 
@@ -180,8 +193,8 @@ def ranks(run):
     total = sum(times.values())
     scale = 100 / np.maximum(total, np.finfo(float).tiny)
     left = np.zeros(count)
-    if count <= _BARS:
-        axes = _axes("", "share of the time in %", 12.0, 0.9 + 0.3 * count)
+    if count <= BARS:
+        axes = _axes("", "share of the time in %", 13.0, 0.9 + 0.3 * count)
         for name, seconds in times.items():
             part = seconds * scale
             axes.barh(range(count), part, 0.8, left, color=SHARE_COLOURS[name])
@@ -194,7 +207,7 @@ def ranks(run):
         axes.set_xlim(0, 100)
         axes.grid(axis="y", visible=False)
     else:
-        axes = _axes("", "rank", 12.0, 3.6)
+        axes = _axes("", "rank", 13.0, 3.6)
         edges = np.arange(count + 1) - 0.5
         for name, seconds in times.items():
             part = seconds * scale

@@ -28,6 +28,19 @@ def number(value):
     return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.4g}"
 
 
+def column(values):
+    """The numbers of a column, with as many decimals each; four digits of the largest, if they are of one size.
+
+    >>> column([0.5, 12.25, math.nan])
+    ['0.50', '12.25', 'nan']
+    """
+    sizes = [abs(value) for value in values if math.isfinite(value) and value]
+    if not sizes or all(size == int(size) for size in sizes) or max(sizes) > 1000 * min(sizes):
+        return [number(value) for value in values]
+    decimals = max(0, 3 - math.floor(math.log10(max(sizes))))
+    return [f"{value:,.{decimals}f}" for value in values]
+
+
 def duration(seconds):
     """A time as people say it: 0.35 s, 12 s, 3 min 5 s, 2 h 10 min."""
     if seconds < 10:
@@ -107,7 +120,7 @@ def shares(run):
     total = {}
     for epoch in reversed(run.epochs):
         ranks = epoch["ranks"]
-        if not ranks or total and ranks["compute"].size != total["compute"].size:
+        if not ranks or (total and ranks["compute"].size != total["compute"].size):
             break
         total = {name: total.get(name, 0.0) + np.maximum(ranks[name], 0.0) for name in SHARES}
     return total
@@ -129,8 +142,8 @@ def remarks(run):
         found.append(f"The loss was not finite in {bad.sum()} of {bad.size} noted steps, first in step "
                      f"{run.steps['step'][bad.argmax()]:.0f}.")
     if run.cut:
-        found.append(f"{run.cut} line{'s' * (run.cut > 1)} of the log {'are' if run.cut > 1 else 'is'} cut off, as "
-                     f"{'their' if run.cut > 1 else 'its'} writer was killed.")
+        found.append(f"{run.cut} line{'s' * (run.cut > 1)} of the log {'are' if run.cut > 1 else 'is'} cut off: the writer was "
+                     f"killed there{'' if run.end else ', or is just writing'}.")
     return [remark[0].upper() + remark[1:] for remark in found]
 
 
@@ -171,7 +184,8 @@ def _lines(run):
     for name in metrics(run):
         epoch = best(run, name)
         if epoch:
-            yield f"  {'highest' if higher_is_better(name) else 'lowest'} {name}: {number(epoch[name])} in epoch {epoch['epoch']}"
+            extreme = "highest" if higher_is_better(name) else "lowest"
+            yield f"  {extreme} {name}: {number(epoch[name])} in epoch {epoch['epoch']}"
     if spent(run):
         yield f"  time of all ranks: {spent(run)}"
     for remark in remarks(run):
