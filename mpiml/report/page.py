@@ -46,7 +46,8 @@ table { border-collapse: collapse; width: 100%; font-size: 0.9rem; font-variant-
 th, td { padding: 0.3rem 0.8rem; text-align: right; white-space: nowrap; }
 th { position: sticky; top: 0; background: var(--card); font-weight: 600; }
 tbody tr { border-top: 1px solid var(--line); }
-table.results th:first-child { position: static; min-width: 8rem; text-align: left; white-space: normal; overflow-wrap: anywhere; }
+table.results th:first-child { position: static; min-width: 8rem; text-align: left; white-space: normal;
+                             overflow-wrap: anywhere; }
 td { vertical-align: top; }
 small { color: var(--soft); }
 table.facts th { position: static; text-align: left; vertical-align: top; }
@@ -55,8 +56,8 @@ table.facts td { min-width: 9rem; text-align: left; white-space: normal; overflo
 table.facts td.command { font-family: ui-monospace, Menlo, Consolas, monospace; font-size: 0.82rem; }
 td.best { font-weight: 700; }
 @page { margin: 12mm; }
-@media print { html { font-size: 11px; } body { padding: 0; } .grid { grid-template-columns: repeat(3, 1fr); }
-               .table { max-height: none; border: 0; overflow: visible; }
+@media print { html { font-size: 11px; } body { padding: 0; }
+              .grid { grid-template-columns: repeat(3, 1fr); } .table { max-height: none; border: 0; overflow: visible; }
                th { position: static; } figure.wide svg { min-width: 0; } tr { break-inside: avoid; } }
 """
 
