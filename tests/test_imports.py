@@ -27,7 +27,7 @@ ALLOWED = {
     "save": ({"data", "nn", "restart", "save"}, {"numpy", "safetensors"}),
     "schedule": ({"schedule"}, {"matplotlib", "numpy"}),
     "report": ({"balance", "report", "schedule"}, {"matplotlib", "numpy"}),
-    "fit": ({"__version__", "data", "fit", "lanes", "optim", "parallel", "save"}, {"numpy"}),
+    "fit": ({"__version__", "balance", "data", "fit", "lanes", "optim", "parallel", "save"}, {"numpy"}),
     "restart.py": (set(), set()),
     "check.py": ({"__version__", "cores", "data", "kernels", "memory"}, {"llvmlite", "numba", "numpy", "threadpoolctl"}),
     "__main__.py": ({"check", "cores", "kernels", "parallel", "report", "restart", "schedule"}, set()),

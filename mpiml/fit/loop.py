@@ -5,6 +5,7 @@ from time import perf_counter
 
 import numpy as np
 
+from mpiml.balance import imbalance
 from mpiml.data.batches import batches
 from mpiml.lanes import samples_together
 from mpiml.optim import clip_norm
@@ -106,6 +107,7 @@ def fit(model, loss, data, grid, optimizer, *, batch, epochs, seed=0, validation
                           for epoch in kept]
             if optimizer.steps and say and grid.rank == 0:
                 say(f"{optimizer.steps} of {epochs * length} steps are done")
+    uneven = None  # which ranks keep the others waiting
     log = grid.together(f"opening the log in {run}", Log, run, grid)
     try:
         log.run(grid, batch, len(data[0]), sum(p.size for p in model.whole().named().values()))
@@ -144,6 +146,8 @@ def fit(model, loss, data, grid, optimizer, *, batch, epochs, seed=0, validation
             log.epoch(history[-1], times)
             if say and grid.rank == 0:
                 say(line(history[-1]))
+                if not uneven and (uneven := imbalance(times["compute"])):
+                    say(f"uneven load: {uneven}")
             stop = _stop(training, callbacks)
             if checkpoints:
                 checkpoints.step(total=total, history=kept)
