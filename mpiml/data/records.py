@@ -41,12 +41,14 @@ def records(path, quotes, grid):
     # Of a rank are the records behind the line ends in its part; and the first one of the file is the first rank's.
     cuts, at = (ends[outside] + 1).tolist(), (line + 1 + np.flatnonzero(outside)).tolist()
     if grid.rank == 0:
-        cuts, at = [len(BOM) if data.startswith(BOM) else 0, *cuts], [1, *at]
+        cuts, at = [0, *cuts], [1, *at]
     data = data[:stop - start]
     if cuts:
         data += grid.together(reading, _rest, path, stop, before + len(marks), quotes)
     else:
         grid.together(reading, bytes)
+    if grid.rank == 0 and data.startswith(BOM):
+        cuts[0] = len(BOM)
     pieces = (data[begin:end].rstrip(b"\r\n") for begin, end in pairwise([*cuts, len(data)]))
     return [(line, piece) for line, piece in zip(at, pieces, strict=True) if piece.strip()]
 
