@@ -13,6 +13,7 @@ OPTIONAL = {"matplotlib", "pooch", "requests", "safetensors", "threadpoolctl", "
 ALLOWED = {
     "__init__.py": ({"cores", "data", "kernels", "memory", "nn", "ops", "optim", "tensor"}, set()),
     "cores.py": (set(), {"threadpoolctl"}),
+    "alone.py": (set(), set()),
     "memory.py": (set(), set()),
     "random.py": (set(), {"numpy"}),
     "kernels": ({"cores", "kernels"}, {"llvmlite", "numba", "numpy"}),
@@ -23,8 +24,8 @@ ALLOWED = {
     "optim.py": ({"kernels", "nn"}, {"numpy"}),
     "metrics.py": (set(), {"numpy"}),
     "balance.py": (set(), {"numpy"}),
-    "data": ({"data", "random"}, {"numpy", "pooch", "requests"}),
-    "save": ({"data", "nn", "restart", "save"}, {"numpy", "safetensors"}),
+    "data": ({"alone", "data", "random"}, {"numpy", "pooch", "requests"}),
+    "save": ({"alone", "data", "nn", "restart", "save"}, {"numpy", "safetensors"}),
     "schedule": ({"schedule"}, {"matplotlib", "numpy"}),
     "report": ({"balance", "report", "schedule"}, {"matplotlib", "numpy"}),
     "fit": ({"__version__", "balance", "data", "fit", "lanes", "optim", "parallel", "save"}, {"numpy"}),
