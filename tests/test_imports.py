@@ -27,6 +27,7 @@ ALLOWED = {
     "data": ({"alone", "data", "random"}, {"numpy", "pooch", "requests"}),
     "save": ({"alone", "data", "describe", "nn", "restart", "save"}, {"numpy", "safetensors"}),
     "schedule": ({"schedule"}, {"matplotlib", "numpy"}),
+    "fit": ({"__version__", "data", "fit", "lanes", "optim", "parallel", "save"}, {"numpy"}),
     "restart.py": (set(), set()),
     "check.py": ({"__version__", "cores", "data", "kernels", "memory"}, {"llvmlite", "numba", "numpy", "threadpoolctl"}),
     "__main__.py": ({"check", "cores", "kernels", "parallel", "restart", "schedule"}, set()),
