@@ -25,6 +25,7 @@ ALLOWED = {
     "data": ({"data", "random"}, {"numpy", "pooch", "requests"}),
     "save": ({"data", "nn", "restart", "save"}, {"numpy", "safetensors"}),
     "schedule": ({"schedule"}, {"matplotlib", "numpy"}),
+    "fit": ({"data", "fit", "lanes", "optim", "parallel", "save"}, {"numpy"}),
     "restart.py": (set(), set()),
     "check.py": ({"__version__", "cores", "data", "kernels", "memory"}, {"llvmlite", "numba", "numpy", "threadpoolctl"}),
     "__main__.py": ({"check", "cores", "kernels", "parallel", "restart", "schedule"}, set()),

@@ -169,6 +169,10 @@ class Checkpoints:
             sys.stderr.flush()
         sys.exit(STOPPED)
 
+    def claim(self, **at):
+        """Refuse a folder with the checkpoints of another training; :meth:`step` and :meth:`save` do so too, but later."""
+        self._claim(at)
+
     def _claim(self, at):
         """Refuse to mix with the checkpoints of another training, or what load would refuse."""
         self._names = at.keys() if self._names is None else self._names
