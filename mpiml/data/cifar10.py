@@ -9,6 +9,7 @@ import numpy as np
 
 from .download import download, locate
 from .images import normalize
+from .rows import records
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 TRAIN, TEST = tuple(f"data_batch_{number}.bin" for number in range(1, 6)), "test_batch.bin"
@@ -48,8 +49,9 @@ def cifar10(folder=None, grid=None):
     """
     folder, problem = locate(("cifar10", FOLDER), fetch, folder, grid)
     if folder is None:
-        raise FileNotFoundError(f"CIFAR-10 is not at hand ({problem}): download {MIRRORS[0]}{next(iter(ARCHIVE))}, unpack it, "
-                                f"and name the folder by cifar10(FOLDER), --data FOLDER or MPIML_DATA")
+        raise FileNotFoundError(f"CIFAR-10 is not at hand ({problem}): download {next(iter(ARCHIVE))} from "
+                                f"{' or '.join(MIRRORS)}, unpack it, and name the folder by cifar10(FOLDER), --data FOLDER or "
+                                f"MPIML_DATA")
     x, y, x_test, y_test = grid.arrays_once_per_node(_read, folder) if grid else _read(folder)
     return (x, y), (x_test, y_test)
 
@@ -68,18 +70,14 @@ def read_records(path):
     ValueError
         The file is empty or cut short, or has a label above 9.
     """
-    size = os.path.getsize(path)
-    if size == 0 or size % RECORD:
-        whole, rest = divmod(size, RECORD)
-        raise ValueError(f"{path} is cut short, or not of CIFAR-10: record {whole} (byte {whole * RECORD}) has {rest} of "
-                         f"{RECORD} bytes: fetch it again" if size else f"{path} is empty: fetch it again")
-    records = np.fromfile(path, np.uint8).reshape(-1, RECORD)
-    labels = records[:, 0].astype(np.int64)
+    count = records(path, RECORD)
+    rows = np.fromfile(path, np.uint8, count * RECORD).reshape(count, RECORD)
+    labels = rows[:, 0].astype(np.int64)
     if labels.max() >= len(CLASSES):
         record = int((labels >= len(CLASSES)).argmax())
         raise ValueError(f"{path} has the label {labels[record]} in record {record} (byte {record * RECORD}): labels run from "
                          f"0 to {len(CLASSES) - 1}")
-    return np.ascontiguousarray(records[:, 1:]).reshape(-1, *SHAPE), labels
+    return np.ascontiguousarray(rows[:, 1:]).reshape(-1, *SHAPE), labels
 
 
 def _read(folder):
