@@ -116,15 +116,18 @@ class Rows:
     def _read(self, index):
         index = self._range.start + self._range.step * index
         result = np.empty((len(index), *self._files[0].shape), self.dtype)
-        memory = result.reshape(-1).view(np.uint8)
-        size = math.prod(result.shape[1:]) * result.itemsize
+        if not result.size:
+            return result
+        size = result.nbytes // len(result)
+        memory = memoryview(result.reshape(-1).view(np.uint8))
         numbers = np.searchsorted(self._starts, index, "right") - 1  # of the files
-        # Neighbours in one file are read at once.
-        cuts = np.flatnonzero((np.diff(index) != 1) | np.diff(numbers)) + 1
-        for begin, end in zip([0, *cuts.tolist()], [*cuts.tolist(), len(index)], strict=True):
-            if begin < end:
-                number = int(numbers[begin])
-                self._files[number].read(int(index[begin] - self._starts[number]), memory[begin * size:end * size])
+        begins = np.arange(len(index))  # of what is read at once: one row,
+        if size == self._files[0].stride:  # or neighbours in one file
+            begins = np.flatnonzero((np.diff(index, prepend=-2) != 1) | (np.diff(numbers, prepend=-1) != 0))
+        places = (begins * size).tolist()
+        for begin, end, number, row in zip(places, [*places[1:], len(memory)], numbers[begins].tolist(),
+                                           (index - self._starts[numbers])[begins].tolist(), strict=True):
+            self._files[number].read(row, memory[begin:end])
         return result
 
 
@@ -139,26 +142,18 @@ class _File(NamedTuple):
     stride: int  # bytes from one row to the next
     handle: "_Handle"
 
-    def read(self, first, memory):
-        """Fill ``memory``, bytes, with rows from the number ``first`` on."""
-        size = math.prod(self.shape) * self.dtype.itemsize
-        together = len(memory) if size == self.stride else size
-        for i in range(0, len(memory), max(together, 1)):
-            row = first + i // size
-            self._fill(row, self.start + row * self.stride, memory[i:i + together])
-
-    def _fill(self, row, at, memory):
-        done = 0
-        while done < len(memory):
+    def read(self, row, memory):
+        """Fill ``memory`` with what begins with a row."""
+        at = self.start + row * self.stride
+        while memory:  # a read may be interrupted
             try:
-                count = os.preadv(self.handle.number, [memory[done:]], at + done)
+                count = os.preadv(self.handle.number, [memory], at)
             except OSError as error:
                 raise OSError(error.errno, f"row {row} (byte {at}) cannot be read: {error.strerror}", self.path) from error
             if not count:
-                row += done // self.stride
-                raise ValueError(f"{self.path} ends in row {row} (byte {at + done}), but had {self.rows} rows when it was "
-                                 f"opened: who has changed it?")
-            done += count
+                raise ValueError(f"{self.path} ends in row {(at - self.start) // self.stride} (byte {at}), but had {self.rows} "
+                                 f"rows when it was opened: who has changed it?")
+            memory, at = memory[count:], at + count
 
 
 class _Handle:
