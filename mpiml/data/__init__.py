@@ -1,15 +1,18 @@
-"""Data sets, tables and their features, and batches."""
+"""Data sets, tables and their features, images, texts, and batches of them."""
 
 from .batches import batches, share
+from .cifar10 import cifar10, colors
 from .clean import clean
 from .columns import Labels, Number
 from .features import Features
 from .idx import read_idx
+from .images import crop_and_flip, normalize
 from .mnist import digits, mnist, pixels
 from .read_csv import read_csv
+from .rows import Rows
 from .scale import StandardScaler
 from .split import split
 from .table import Table
 
-__all__ = ["Features", "Labels", "Number", "StandardScaler", "Table", "batches", "clean", "digits", "mnist", "pixels",
-           "read_csv", "read_idx", "share", "split"]
+__all__ = ["Features", "Labels", "Number", "Rows", "StandardScaler", "Table", "batches", "cifar10", "clean", "colors",
+           "crop_and_flip", "digits", "mnist", "normalize", "pixels", "read_csv", "read_idx", "share", "split"]

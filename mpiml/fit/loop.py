@@ -16,7 +16,7 @@ from .training import Training
 
 
 def fit(model, loss, data, grid, optimizer, *, batch, epochs, seed=0, validation=None, metrics=None, transform=None,
-        augment=None, microbatches=None, clip=None, callbacks=(), watch=None, run=None, resume=False,
+        augment=None, ahead=0, microbatches=None, clip=None, callbacks=(), watch=None, run=None, resume=False,
         settings=None, minutes=10.0, every=None, say=print):
     """Train a model, on any grid; to be called on all ranks together.
 
@@ -46,6 +46,8 @@ def fit(model, loss, data, grid, optimizer, *, batch, epochs, seed=0, validation
         Applied to each share of x, in training and validation.
     augment : function of (array, samples, epoch), optional
         Applied in training alone, before ``transform``; see :class:`mpiml.data.batches`.
+    ahead : int
+        So many batches are read ahead in a thread; see :class:`mpiml.data.batches`.
     microbatches : int, optional
         See :func:`mpiml.parallel.gradient`.
     clip : float, optional
@@ -89,7 +91,7 @@ def fit(model, loss, data, grid, optimizer, *, batch, epochs, seed=0, validation
 
     def shares(epoch, start=0):
         return batches(*data, batch, epoch=epoch, seed=seed, grid=grid, multiple=multiple, transform=transform,
-                       augment=augment, start=start)
+                       augment=augment, start=start, ahead=ahead)
 
     _load_kernels(model, step, shares(0))
     length, total = len(shares(0)), 0.0
