@@ -13,6 +13,7 @@ OPTIONAL = {"matplotlib", "pooch", "requests", "safetensors", "threadpoolctl", "
 ALLOWED = {
     "__init__.py": ({"cores", "data", "kernels", "memory", "nn", "ops", "optim", "tensor"}, set()),
     "cores.py": (set(), {"threadpoolctl"}),
+    "alone.py": (set(), set()),
     "memory.py": (set(), set()),
     "random.py": (set(), {"numpy"}),
     "kernels": ({"cores", "kernels"}, {"llvmlite", "numba", "numpy"}),
@@ -22,8 +23,8 @@ ALLOWED = {
     "lanes.py": ({"cores", "data", "kernels", "nn", "tensor"}, {"numpy"}),
     "optim.py": ({"kernels", "nn"}, {"numpy"}),
     "metrics.py": (set(), {"numpy"}),
-    "data": ({"data", "random"}, {"numpy", "pooch", "requests"}),
-    "save": ({"data", "nn", "restart", "save"}, {"numpy", "safetensors"}),
+    "data": ({"alone", "data", "random"}, {"numpy", "pooch", "requests"}),
+    "save": ({"alone", "data", "nn", "restart", "save"}, {"numpy", "safetensors"}),
     "schedule": ({"schedule"}, {"matplotlib", "numpy"}),
     "restart.py": (set(), set()),
     "check.py": ({"__version__", "cores", "data", "kernels", "memory"}, {"llvmlite", "numba", "numpy", "threadpoolctl"}),

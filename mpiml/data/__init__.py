@@ -1,8 +1,16 @@
-"""Data sets and their batches."""
+"""Data sets, tables and their features, and batches."""
 
 from .batches import batches, share
+from .clean import clean
+from .columns import Labels, Number
+from .features import Features
 from .idx import read_idx
 from .mnist import digits, mnist, pixels
+from .read_csv import read_csv
+from .scale import StandardScaler
+from .split import split
+from .table import Table
 from .text import Vocabulary, read_text, windows
 
-__all__ = ["Vocabulary", "batches", "digits", "mnist", "pixels", "read_idx", "read_text", "share", "windows"]
+__all__ = ["Features", "Labels", "Number", "StandardScaler", "Table", "Vocabulary", "batches", "clean", "digits", "mnist",
+           "pixels", "read_csv", "read_idx", "read_text", "share", "split", "windows"]

@@ -290,8 +290,54 @@ class Grid:
         function : callable
             Returns a list of arrays, the same on all ranks.
         """
+        arrays = self._from_shared_memory(function, *args)
+        return function(*args) if arrays is None else arrays
+
+    def rows(self, array):
+        """The rows of all ranks, in the order of the ranks, as one array on every rank; to be called on all ranks together.
+
+        The ranks of a node share its memory where they can, and to each rank it is its own: what it writes to it the others
+        do not see.
+
+        Parameters
+        ----------
+        array : array (n, ...)
+            This rank's rows, any number of them; numbers, whose dtype and shape of a row all ranks share.
+
+        Returns
+        -------
+        array (sum of all n, ...)
+
+        Raises
+        ------
+        RankError
+            The ranks have rows of different dtypes or shapes.
+        """
+        return self.attempt(self._rows, np.ascontiguousarray(array))
+
+    def _rows(self, array):
+        self.same("dtype and shape of a row", (array.dtype.str, array.shape[1:]))
+        counts = [int(text) for text in self.texts(str(len(array)))]
+        leads = [text == "0" for text in self.texts(str(self.node.rank))]
+        everything = None
+        if self.node.rank == 0:
+            everything = np.empty((sum(counts), *array.shape[1:]), array.dtype)
+        row = math.prod(array.shape[1:]) * array.itemsize
+        for root in np.flatnonzero(leads).tolist():
+            whole = [_bytes(everything), [n * row for n in counts]] if root == self.rank else None
+            self.comm.Gatherv(_bytes(array), whole, root)
+        shared = self._from_shared_memory(lambda: [everything])
+        if self.all(shared is not None or self.node.size == 1):
+            return shared[0] if shared else everything
+        if everything is None:
+            everything = np.empty((sum(counts), *array.shape[1:]), array.dtype)
+        self.node.Bcast(_bytes(everything))
+        return everything
+
+    def _from_shared_memory(self, function, *args):
+        """The arrays that ``function`` returns on one rank of each node; None if it raises, or memory cannot be shared."""
         if self.all(self.node.size == 1):
-            return function(*args)
+            return None
         files, arrays = [], None
 
         def write():
@@ -303,7 +349,7 @@ class Grid:
                 for array in made:
                     plan.append((array.dtype.str, array.shape, files[0].tell()))
                     files[0].write(np.ascontiguousarray(array))
-                    files[0].write(bytes(-files[0].tell() % 64))
+                    files[0].write(bytes(64 - files[0].tell() % 64))  # one at least, as an empty file cannot be mapped
                 files[0].flush()
             except Exception:
                 return None  # the same happens to all, each for itself
@@ -318,7 +364,11 @@ class Grid:
         self.node.Barrier()
         for file in files:
             file.close()  # and its name is gone, so that nothing is left behind however the job ends
-        return function(*args) if arrays is None else arrays
+        return arrays
+
+
+def _bytes(array):
+    return array.reshape(-1).view(np.uint8)
 
 
 def _factors(data, pipe, size):

@@ -16,9 +16,9 @@ from time import monotonic
 
 import numpy as np
 
+from mpiml.alone import Alone
 from mpiml.restart import STOPPED
 
-from .alone import Alone
 from .checkpoint import MANIFEST, Checkpoint, contents, plain
 from .folder import Folder
 from .signals import Signals

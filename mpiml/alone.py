@@ -1,4 +1,4 @@
-"""What a Grid offers, for one process without MPI: so that a checkpoint is written one way, with MPI or without."""
+"""What a Grid offers, for one process without MPI: so that code for many ranks is also that for one."""
 
 
 class Alone:
@@ -16,6 +16,9 @@ class Alone:
 
     def maximum(self, *numbers):
         return numbers
+
+    def rows(self, array):
+        return array
 
     def again(self, work, *args):
         return work(*args)
