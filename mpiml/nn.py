@@ -112,6 +112,11 @@ class Module:
         Where each of the n learnt :class:`Parameter` objects begins in the vector, and where the last one ends.
     """
 
+    def __new__(cls, *args, **options):
+        module = super().__new__(cls)
+        module._arguments = args, options  # what mpiml.describe writes down
+        return module
+
     def children(self):
         """(name, Parameter or Module) pairs, in the order in which they were set."""
         for name, child in vars(self).items():

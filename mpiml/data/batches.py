@@ -46,6 +46,9 @@ class batches:
         Each share starts at a multiple of this many samples, see :class:`mpiml.nn.BatchNorm2d`.
     transform : function of an array, optional
         Applied to each share of x, such as a conversion of pixels to floats.
+    augment : function of (array, samples, epoch), optional
+        Applied to each share of x before ``transform``. ``samples`` (int array) are the positions of its rows in the data set:
+        what is random should be a function of those, the epoch and a seed, so that it is the same on any grid.
     start : int
         The first so many batches of the epoch are left out: a training that goes on has had them.
 
@@ -63,7 +66,8 @@ class batches:
     [[0, 1], [2, 3], [4]]
     """
 
-    def __init__(self, x, y, size, *, epoch=0, seed=0, shuffle=True, grid=None, multiple=1, transform=None, start=0):
+    def __init__(self, x, y, size, *, epoch=0, seed=0, shuffle=True, grid=None, multiple=1, transform=None, augment=None,
+                 start=0):
         ranks = grid.data if grid else 1
         for name, value in ("size", size), ("multiple", multiple):
             if not isinstance(value, (int, np.integer)) or value < 1:
@@ -80,7 +84,7 @@ class batches:
             raise ValueError(f"a batch of {size} cannot be shared by {ranks} ranks in multiples of {multiple}: use a "
                              f"size of {ranks * multiple} at least, or fewer ranks")
         self.x, self.y, self.size, self.transform = x, y, size, transform
-        self.grid, self.multiple = grid, multiple
+        self.augment, self.epoch, self.grid, self.multiple = augment, epoch, grid, multiple
         if not isinstance(start, (int, np.integer)) or not 0 <= start * size < len(x):
             raise ValueError(f"start is the number of a batch, from 0 to {-(-len(x) // size) - 1}, not {start!r}")
         self.start = start
@@ -102,4 +106,6 @@ class batches:
                 start, stop = share(len(batch), rank, ranks, self.multiple, lanes)
                 mine = batch[start:stop]
                 x = self.x[mine]
+                if self.augment:
+                    x = self.augment(x, mine, self.epoch)
                 yield (self.transform(x) if self.transform else x), self.y[mine]

@@ -59,7 +59,7 @@ def plain(what, values):
     try:
         return json.loads(json.dumps(values, allow_nan=False))
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{what} of a checkpoint are text, finite numbers, lists and dicts of these: {error}") from error
+        raise ValueError(f"{what} are text, finite numbers, lists and dicts of these: {error}") from error
 
 
 def seal(content):

@@ -80,7 +80,7 @@ class Checkpoints:
         self.optimizer, self.model = optimizer, optimizer.model
         self._folder, self._state, self._signals = Folder(self.folder), State(optimizer), Signals()
         self._grid = Alone() if self._state.alone else self.model.grid
-        self._settings = plain("settings", settings or {})
+        self._settings = plain("settings of a checkpoint", settings or {})
         self._minutes, self._every, self._keep = minutes, every, keep
         self._loaded, self._names = False, None  # whether the folder is this training's, and what goes along
         self._job = None  # what is being written
@@ -169,6 +169,10 @@ class Checkpoints:
             sys.stderr.flush()
         sys.exit(STOPPED)
 
+    def claim(self, **at):
+        """Refuse a folder with the checkpoints of another training; :meth:`step` and :meth:`save` do so too, but later."""
+        self._claim(at)
+
     def _claim(self, at):
         """Refuse to mix with the checkpoints of another training, or what load would refuse."""
         self._names = at.keys() if self._names is None else self._names
@@ -182,7 +186,7 @@ class Checkpoints:
     def _begin(self, at):
         """Copy the arrays, and let a thread write them."""
         self._publish()
-        job = self._grid.again(self._prepare, plain("values", at))
+        job = self._grid.again(self._prepare, plain("values of a checkpoint", at))
         job.start()
         self._job, self._begun, self._last = job, job.steps, monotonic()
 
@@ -250,7 +254,7 @@ class Checkpoints:
             settings. Model and optimizer are as they were.
         """
         self.finish()
-        at = plain("values", at)
+        at = plain("values of a checkpoint", at)
         self._names = at.keys()
         kept, staged = self._grid.again(self._read, step, at)
         self._loaded = True

@@ -18,6 +18,7 @@ except ImportError as error:
     raise ImportError("mpiml.save keeps weights in safetensors files: pip install 'mpiml[save]'") from error
 
 _BLOCK = 1 << 24  # bytes that are hashed and written at a time
+_TEXT, _DIGEST = "mpiml", "sha256"  # of the metadata
 _KINDS = {"f": "F", "i": "I", "u": "U", "c": "C"}
 
 
@@ -29,8 +30,15 @@ def _code(name, dtype):
     return f"{_KINDS[dtype.kind]}{8 * dtype.itemsize}"
 
 
-def write(path, arrays):
+def write(path, arrays, text=None):
     """Write {name: array} to a new file, down to the disk.
+
+    Parameters
+    ----------
+    path : str
+    arrays : {name: array}
+    text : str, optional
+        Goes along in the file's metadata, with the SHA-256 of itself and the arrays; see :func:`text_of`.
 
     Returns
     -------
@@ -40,19 +48,28 @@ def write(path, arrays):
     # A file holds memory as it lies: little-endian, in C order, and the wide numbers first, at multiples of their width.
     arrays = dict(sorted(((name, np.asarray(a)) for name, a in arrays.items()), key=lambda item: -item[1].itemsize))
     header, end = {}, 0
+    if text is not None:
+        header["__metadata__"] = {_TEXT: text, _DIGEST: _digest(text, _blocks(b"", arrays.values()))}
     for name, array in arrays.items():
         header[name] = {"dtype": _code(name, array.dtype), "shape": array.shape, "data_offsets": [end, end + array.nbytes]}
         end += array.nbytes
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    head = json.dumps(header, separators=(",", ":")).encode()
+    head += b" " * (-len(head) % 8)
     digest = hashlib.sha256()
     with open(path, "xb") as file:
-        for block in _blocks(struct.pack("<Q", len(text)) + text, arrays.values()):
+        for block in _blocks(struct.pack("<Q", len(head)) + head, arrays.values()):
             digest.update(block)
             file.write(block)
         file.flush()
         os.fsync(file.fileno())
         return file.tell(), digest.hexdigest()
+
+
+def _digest(text, blocks):
+    digest = hashlib.sha256(text.encode())
+    for block in blocks:
+        digest.update(block)
+    return digest.hexdigest()
 
 
 def _blocks(head, arrays):
@@ -79,3 +96,20 @@ def read(source, path):
     except SafetensorError as error:
         raise ValueError(f"{os.fspath(path)} is not a whole safetensors file ({error}); pickled files (.pt, .pkl) are "
                          f"programs and are not read: convert them with safetensors.torch.save_file") from error
+
+
+def text_of(source, path):
+    """The text that :func:`write` has put into a file with content ``source``, whole as :func:`read` knows; None without.
+
+    Raises
+    ------
+    ValueError
+        The text or the arrays are no longer what was written.
+    """
+    start = 8 + struct.unpack("<Q", source[:8])[0]
+    metadata = json.loads(source[8:start]).get("__metadata__") or {}
+    text = metadata.get(_TEXT)
+    if text is not None and metadata.get(_DIGEST) != _digest(text, [memoryview(source)[start:]]):
+        raise ValueError(f"{os.fspath(path)} is damaged, or another program has changed it: its SHA-256 is not the one that it "
+                         f"was saved with")
+    return text

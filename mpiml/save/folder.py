@@ -52,8 +52,8 @@ class Folder:
         """Raise a ValueError if there are checkpoints."""
         steps = self.steps()
         if steps:
-            raise ValueError(f"{self.path} holds checkpoints, up to step {steps[-1]}: call load() to go on from there, or "
-                             f"save to another folder")
+            raise ValueError(f"{self.path} holds checkpoints, up to step {steps[-1]}: call load() to go on from there "
+                             f"(fit: resume=True), or save to another folder")
 
     # --- Finding --------------------------------------------------------------------------------------------------
 
