@@ -13,6 +13,8 @@ from .rows import Rows
 from .scale import StandardScaler
 from .split import split
 from .table import Table
+from .text import Vocabulary, read_text, windows
 
-__all__ = ["Features", "Labels", "Number", "Rows", "StandardScaler", "Table", "batches", "cifar10", "clean", "colors",
-           "crop_and_flip", "digits", "mnist", "normalize", "pixels", "read_csv", "read_idx", "share", "split"]
+__all__ = ["Features", "Labels", "Number", "Rows", "StandardScaler", "Table", "Vocabulary", "batches", "cifar10", "clean",
+           "colors", "crop_and_flip", "digits", "mnist", "normalize", "pixels", "read_csv", "read_idx", "read_text", "share",
+           "split", "windows"]
