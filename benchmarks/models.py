@@ -11,8 +11,6 @@ timed in turn; PyTorch in the faster of its layouts of images. Figures are media
 """
 
 import argparse
-from types import SimpleNamespace
-
 # isort: off
 from timing import against, alternate, versions  # first: it sets the number of threads
 # isort: on
@@ -20,111 +18,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from mpiml import nn, ops, optim
+from twins import OURS, THEIRS, gpt, lenet, resnet, weights
+
+from mpiml import ops, optim
 
 ROUNDS = 11
 rng = np.random.default_rng(0)
-
-
-# --- The layers of both sides, under the same names -----------------------------------------------------------
-
-class Attention(nn.Module):
-    """Causal self-attention of several heads."""
-
-    def __init__(self, width, heads):
-        self.query, self.key, self.value, self.out = (nn.Linear(width, width) for _ in range(4))
-        self.heads = heads
-
-    def __call__(self, x, training=False):
-        n, length, width = x.shape
-
-        def heads(layer):
-            return ops.transpose(ops.reshape(layer(x, training), (n, length, self.heads, width // self.heads)), (0, 2, 1, 3))
-
-        y = ops.scaled_dot_product_attention(heads(self.query), heads(self.key), heads(self.value), is_causal=True)
-        return self.out(ops.reshape(ops.transpose(y, (0, 2, 1, 3)), (n, length, width)), training)
-
-
-class Positions(nn.Module):
-    """Adds a vector for each position."""
-
-    def __init__(self, length, width):
-        self.weight = nn.Parameter((length, width), nn.normal(0.02))
-
-    def __call__(self, x, training=False):
-        (weight,) = nn.given(training, self.weight)
-        return x + weight
-
-
-class TorchAttention(torch.nn.Module):
-    def __init__(self, width, heads):
-        super().__init__()
-        self.query, self.key, self.value, self.out = (torch.nn.Linear(width, width) for _ in range(4))
-        self.heads = heads
-
-    def forward(self, x):
-        n, length, width = x.shape
-        q, k, v = (layer(x).view(n, length, self.heads, width // self.heads).transpose(1, 2)
-                   for layer in (self.query, self.key, self.value))
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return self.out(y.transpose(1, 2).reshape(n, length, width))
-
-
-class TorchPositions(torch.nn.Module):
-    def __init__(self, length, width):
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.empty(length, width))
-
-    def forward(self, x):
-        return x + self.weight
-
-
-class TorchResidual(torch.nn.Module):
-    def __init__(self, body, shortcut=None):
-        super().__init__()
-        self.body = body
-        self.shortcut = torch.nn.Identity() if shortcut is None else shortcut
-
-    def forward(self, x):
-        return self.shortcut(x) + self.body(x)
-
-
-SHARED = "Sequential", "Linear", "Conv2d", "BatchNorm2d", "LayerNorm", "MaxPool2d", "AvgPool2d", "Flatten", "Embedding"
-OURS = SimpleNamespace(**{name: getattr(nn, name) for name in SHARED}, Residual=nn.Residual, Attention=Attention,
-                       Positions=Positions, relu=ops.relu, gelu=ops.gelu)
-THEIRS = SimpleNamespace(**{name: getattr(torch.nn, name) for name in SHARED}, Residual=TorchResidual,
-                         Attention=TorchAttention, Positions=TorchPositions, relu=torch.nn.ReLU(), gelu=torch.nn.GELU())
-
-
-# --- The models -----------------------------------------------------------------------------------------------
-
-def lenet(of):
-    return of.Sequential(of.Conv2d(1, 6, 5, padding=2), of.relu, of.MaxPool2d(2), of.Conv2d(6, 16, 5), of.relu, of.MaxPool2d(2),
-                         of.Flatten(), of.Linear(400, 120), of.relu, of.Linear(120, 84), of.relu, of.Linear(84, 10))
-
-
-def resnet(of):
-    def convolution(given, made, size, stride):
-        return of.Conv2d(given, made, size, stride=stride, padding=size // 2, bias=False), of.BatchNorm2d(made)
-
-    layers = [*convolution(3, 16, 3, 1), of.relu]
-    given = 16
-    for made in 16, 32, 64:
-        for _ in range(3):
-            stride = made // given
-            body = of.Sequential(*convolution(given, made, 3, stride), of.relu, *convolution(made, made, 3, 1))
-            shortcut = [of.Sequential(*convolution(given, made, 1, stride))] if stride > 1 else []
-            layers += [of.Residual(body, *shortcut), of.relu]
-            given = made
-    return of.Sequential(*layers, of.AvgPool2d(8), of.Flatten(), of.Linear(64, 10))
-
-
-def gpt(of, letters=65, length=128, width=128, heads=4, depth=4):
-    blocks = [block for _ in range(depth) for block in (
-        of.Residual(of.Sequential(of.LayerNorm(width), of.Attention(width, heads))),
-        of.Residual(of.Sequential(of.LayerNorm(width), of.Linear(width, 4 * width), of.gelu, of.Linear(4 * width, width))))]
-    return of.Sequential(of.Embedding(letters, width), of.Positions(length, width), *blocks, of.LayerNorm(width),
-                         of.Linear(width, letters))
 
 
 def pictures(n, channels, size):
@@ -144,7 +43,7 @@ MODELS = {
 def ours(build, x, y, optimizer):
     model = build(OURS).init(seed=0)
     optimizer = optimizer(model)
-    weights = {name: torch.tensor(np.ascontiguousarray(p.value)) for name, p in model.named().items()}
+    start = weights(model)
     labels = y.reshape(-1)
 
     def step():
@@ -154,12 +53,12 @@ def ours(build, x, y, optimizer):
         optimizer.step()
         return float(loss)
 
-    return step, weights
+    return step, start
 
 
-def theirs(build, x, y, optimizer, weights, layout):
+def theirs(build, x, y, optimizer, start, layout):
     net = build(THEIRS)
-    net.load_state_dict(weights)
+    net.load_state_dict(start)
     net.to(memory_format=layout)
     x, labels = torch.tensor(x), torch.tensor(y).reshape(-1)
     x = x.contiguous(memory_format=layout) if x.ndim == 4 else x
@@ -182,15 +81,12 @@ def main():
     args = parser.parse_args()
     print(f"{versions()}; medians of {args.rounds} rounds\n{'':10}{'mpiml':>12}{'torch':>12}{'':>6}{'ratio':>7}")
     for name in args.models or MODELS:
-        if name == "gpt" and not hasattr(ops, "scaled_dot_product_attention"):
-            print(f"{name:10}needs an attention kernel")
-            continue
         build, data, make, torch_make = MODELS[name]
         x, y = data()
-        mine, weights = ours(build, x, y, make)
+        mine, start = ours(build, x, y, make)
         layouts = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last} if x.ndim == 4 else {
             "": torch.contiguous_format}
-        others = [theirs(build, x, y, torch_make, weights, layout) for layout in layouts.values()]
+        others = [theirs(build, x, y, torch_make, start, layout) for layout in layouts.values()]
         losses = np.array([[step() for step in (mine, *others)] for _ in range(3)])
         assert np.allclose(losses, losses[:, :1], rtol=2e-3), f"the twins do not train alike: {losses}"
         us, torchs, layout, ratio = against(alternate([mine, *others], args.rounds, least=0.05))
