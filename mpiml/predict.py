@@ -79,7 +79,7 @@ def predict(path, source, out=None, only=False, force=False, pipe=1):
         grid = parallel.Grid(pipe=pipe)
         work(grid, functools.partial(parallel.place, grid=grid), outputs_of)
     except (parallel.RankError, OSError, TypeError, ValueError) as error:  # on all ranks
-        parallel.leave(f"mpiml: {error}")
+        parallel.leave(f"mpiml: {error.__cause__ or error}")
 
 
 def _outputs(model, x, transform):
