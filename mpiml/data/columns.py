@@ -49,10 +49,10 @@ class Labels:
         codes = np.array([self._codes.get(text, -1) for text in texts.tolist()], np.int64)
         if unknown == "error" and (codes < 0).any():
             row = int(np.argmax(codes < 0))
-            listed = ", ".join(self.classes[:_SHOWN]) + (", ..." if len(self.classes) > _SHOWN else "")
+            shown = [text or "(missing)" for text in self.classes[:_SHOWN]] + ["..."] * (len(self.classes) > _SHOWN)
             what = repr(texts[row]) if texts[row] else "a missing value"
             raise ValueError(f"{table.where(row, self.column)}: {what} is none of the {len(self.classes)} known values: "
-                             f"{listed}")
+                             f"{', '.join(shown)}")
         return codes
 
     def decode(self, codes):
