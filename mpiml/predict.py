@@ -20,6 +20,7 @@ import csv
 import functools
 import hashlib
 import io
+import math
 import os
 import sys
 from pathlib import Path
@@ -169,11 +170,12 @@ def _made(what, kinds, path, about):
         return None
     kind = settings.get("kind") if isinstance(settings, dict) else settings
     if kind not in kinds:
-        raise ValueError(f"{path} has an {what} of the kind {kind!r}, but this version of mpiml knows {', '.join(kinds)}")
+        raise ValueError(f"{path} has an entry {what!r} of the kind {kind!r}, but this version of mpiml knows "
+                         f"{', '.join(kinds)}")
     try:
         return kinds[kind].from_settings(settings)
     except Exception as error:
-        raise ValueError(f"{path} has an {what} that cannot be used: {type(error).__name__}: {error}") from error
+        raise ValueError(f"{path} has an entry {what!r} that cannot be used: {type(error).__name__}: {error}") from error
 
 
 # --- The data ---------------------------------------------------------------------------------------------------------
@@ -261,7 +263,7 @@ def _first(path, separator):
 def _content(outputs, rows, use, out, only):
     """What is written: the bytes of a .npy file; or this rank's lines of CSV, as text."""
     mine = outputs[rows.start:rows.stop]
-    wrong = ~np.isfinite(mine.reshape(len(mine), -1)).all(axis=1)
+    wrong = ~np.isfinite(mine).all(axis=tuple(range(1, mine.ndim)))
     if wrong.any():
         raise ValueError(f"{rows.where(int(wrong.argmax()))}: the model's output is not finite")
     if out and out.endswith(".npy"):
@@ -284,7 +286,7 @@ def _content(outputs, rows, use, out, only):
 
 def _meaning(outputs, use):
     """What outputs say: columns of texts by name, and an array of the same."""
-    flat, target = outputs.reshape(len(outputs), -1), use.target
+    flat, target = outputs.reshape(len(outputs), math.prod(outputs.shape[1:])), use.target
     if target is None:
         return {f"output {i}": _written(column, 9) for i, column in enumerate(flat.T)}, outputs
     if isinstance(target, Number):
