@@ -4,6 +4,7 @@ from .batches import batches, share
 from .clean import clean
 from .columns import Labels, Number
 from .features import Features
+from .find import find
 from .idx import read_idx
 from .mnist import digits, mnist, pixels
 from .read_csv import read_csv
@@ -11,5 +12,5 @@ from .scale import StandardScaler
 from .split import split
 from .table import Table
 
-__all__ = ["Features", "Labels", "Number", "StandardScaler", "Table", "batches", "clean", "digits", "mnist", "pixels",
+__all__ = ["Features", "Labels", "Number", "StandardScaler", "Table", "batches", "clean", "digits", "find", "mnist", "pixels",
            "read_csv", "read_idx", "share", "split"]
