@@ -3,13 +3,15 @@
     mpirun -n 8 python examples/mnist_dp.py
     mpirun -n 8 python examples/mnist_dp.py --model cnn --epochs 3 --data FOLDER
     mpirun -n 8 python examples/mnist_dp.py --run FOLDER --resume    # keeps a log and checkpoints; goes on where it was stopped
+    mpirun -n 8 python examples/mnist_dp.py --save mnist.safetensors
+    python -m mpiml predict mnist.safetensors images.npy
 """
 
 import argparse
 from hashlib import sha256
 from pathlib import Path
 
-from mpiml.data import mnist, pixels
+from mpiml.data import Labels, mnist, pixels
 from mpiml.fit import fit
 from mpiml.metrics import correct
 from mpiml.nn import Conv2d, Flatten, Linear, MaxPool2d, Sequential
@@ -26,7 +28,7 @@ parser.add_argument("--data", metavar="FOLDER", help="with the MNIST IDX files; 
 parser.add_argument("--seed", type=int, default=0)
 parser.add_argument("--dtype", choices=["float32", "float64"], default="float32")
 parser.add_argument("--lanes", type=int, help="pieces of each batch: with them, the same bits on any number of ranks")
-parser.add_argument("--save", metavar="FILE", help="write the weights to this safetensors file at the end")
+parser.add_argument("--save", metavar="FILE", help="write the model to this safetensors file at the end")
 parser.add_argument("--run", metavar="FOLDER", help="keep a log, and checkpoints to go on from, in this folder")
 parser.add_argument("--every", type=int, metavar="STEPS", help="steps from one checkpoint to the next (default: 10 minutes)")
 parser.add_argument("--resume", nargs="?", type=int, const=True, default=False, metavar="STEP",
@@ -76,7 +78,8 @@ if args.lanes:
     say(f"weights {sha256(model.vector).hexdigest()}")
 if args.save and grid.rank == 0:
     from mpiml.save import save
-    save(model, args.save)
+    about = {"input": {"kind": "pixels", "shape": x.shape[1:]}, "target": Labels("digit", map(str, range(10))).settings()}
+    save(model, args.save, about)
 times = watch.report(grid)
 rate = len(history) * len(x) / sum(epoch["seconds"] for epoch in history)
 say(f"accuracy {history[-1]['validation accuracy']:.4f}, {rate:,.0f} samples/s\n{times}")

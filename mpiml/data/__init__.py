@@ -5,6 +5,7 @@ from .cifar10 import cifar10, colors
 from .clean import clean
 from .columns import Labels, Number
 from .features import Features
+from .find import find
 from .idx import read_idx
 from .images import crop_and_flip, normalize
 from .mnist import digits, mnist, pixels
@@ -16,5 +17,5 @@ from .table import Table
 from .text import Vocabulary, read_text, windows
 
 __all__ = ["Features", "Labels", "Number", "Rows", "StandardScaler", "Table", "Vocabulary", "batches", "cifar10", "clean",
-           "colors", "crop_and_flip", "digits", "mnist", "normalize", "pixels", "read_csv", "read_idx", "read_text", "share",
-           "split", "windows"]
+           "colors", "crop_and_flip", "digits", "find", "mnist", "normalize", "pixels", "read_csv", "read_idx", "read_text",
+           "share", "split", "windows"]
