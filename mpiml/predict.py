@@ -112,9 +112,9 @@ def _check_out(out, force, inputs, rank):
         return
     if not os.path.isdir(os.path.dirname(out) or "."):
         raise FileNotFoundError(f"cannot write {out}: there is no folder {os.path.dirname(out)}")
-    if os.path.isdir(out):
-        raise IsADirectoryError(f"cannot write {out}: it is a folder")
     if os.path.exists(out):
+        if not os.path.isfile(out):
+            raise ValueError(f"cannot write {out}: it is a {'folder' if os.path.isdir(out) else 'device'}, not a file")
         if any(os.path.exists(path) and os.path.samefile(out, path) for path in inputs):
             raise ValueError(f"{out} is what is read: write the predictions to another file")
         if not force:
@@ -134,7 +134,7 @@ class Images:
         return cls(getattr(data, settings["kind"]), tuple(settings["shape"]))
 
 
-INPUTS = {"table": Features, "pixels": Images, "colors": Images}
+INPUTS = {"table": Features} | {kind: Images for kind in ("pixels", "colors") if hasattr(data, kind)}
 TARGETS = {"classes": Labels, "number": Number}
 READING = ("names", "header", "missing", "separator", "quotes", "errors")  # not "ragged": no row is left out
 
@@ -316,7 +316,7 @@ def _write(out, content, rank):
         sys.stdout.buffer.write(content)
         sys.stdout.buffer.flush()
         return
-    with replacing(out) as part, open(part, "xb") as file:
+    with replacing(os.path.realpath(out)) as part, open(part, "xb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
