@@ -7,15 +7,13 @@ from collections import Counter
 
 import numpy as np
 
-from mpiml.random import generator
-
 PADDING = ""  # fills up short texts
 UNKNOWN = "\N{REPLACEMENT CHARACTER}"  # stands for every token that is not in the vocabulary
 _WORD = re.compile(r"[^\W_]+(?:'[^\W_]+)*")
 
 
 def read_text(path, errors="strict"):
-    """The text in a file of UTF-8; without a byte order mark, and with one newline, ``\\n``, at the end of each line.
+    """The text in a file of UTF-8, without a byte order mark, and with ``\\n`` for a newline whatever stands in the file.
 
     Parameters
     ----------
@@ -39,8 +37,8 @@ def read_text(path, errors="strict"):
         # The position it tells does not count a byte order mark.
         at = error.start + len(data) - len(error.object)
         line = data.count(b"\n", 0, at) + 1
-        raise ValueError(f"{path}, line {line}: byte {at} of the file, 0x{data[at]:02x}, is not UTF-8 ({error.reason}): convert "
-                         f"the file (iconv -f LATIN1 -t UTF-8, say), or read it with errors=\"replace\"") from error
+        raise ValueError(f"{path}, line {line}: byte {at} of the file, 0x{data[at]:02x}, is not UTF-8 ({error.reason}): "
+                         f"convert the file (iconv -f LATIN1 -t UTF-8, say), or read it with errors=\"replace\"") from error
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
@@ -199,23 +197,21 @@ def _all_texts(texts):
         yield text
 
 
-def windows(ids, length, epoch=None, seed=0):
+def windows(ids, length, step=None):
     """A long sequence as samples of the task to tell the next token: x (n, length), and y, the same one token later.
-
-    The windows follow each other without a gap or an overlap, so that an epoch is one pass through the text. With
-    ``epoch``, the first one begins at one of the first ``length`` places, as a function of (seed, epoch), so that a model
-    sees other windows in each; their number stays the same.
 
     Parameters
     ----------
     ids : array (tokens,)
     length : int
-    epoch, seed : int, optional
+    step : int, optional
+        From the beginning of one window to that of the next; by default they follow each other without an overlap, so that
+        an epoch is one pass through the text. With half of ``length`` an epoch is two passes, cut at different places.
 
     Returns
     -------
     x, y : arrays (n, length)
-        Views of ``ids``.
+        Views of ``ids``, which take no memory.
 
     Raises
     ------
@@ -224,12 +220,14 @@ def windows(ids, length, epoch=None, seed=0):
 
     Examples
     --------
-    >>> x, y = windows(np.arange(9), length=3)
+    >>> x, y = windows(np.arange(8), length=3)
     >>> x.tolist(), y.tolist()
     ([[0, 1, 2], [3, 4, 5]], [[1, 2, 3], [4, 5, 6]])
     """
-    n = (len(ids) - length) // length  # leaves length - 1 places for the offset, and a token for the last y
-    if n < 1:
-        raise ValueError(f"a text of {len(ids)} tokens is too short for windows of {length}: it takes {2 * length} at least")
-    first = 0 if epoch is None else int(generator(seed, "windows", epoch).integers(length))
-    return tuple(ids[start:start + n * length].reshape(n, length) for start in (first, first + 1))
+    step = length if step is None else step
+    for name, value in ("length", length), ("step", step):
+        if not isinstance(value, (int, np.integer)) or value < 1:
+            raise ValueError(f"{name} is a number of tokens, a whole number above 0, not {value!r}")
+    if len(ids) <= length:
+        raise ValueError(f"a text of {len(ids)} tokens is too short for windows of {length}: it takes {length + 1} at least")
+    return tuple(np.lib.stride_tricks.sliding_window_view(part, length)[::step] for part in (ids[:-1], ids[1:]))
