@@ -3,6 +3,8 @@
     mpirun -n 8 python examples/mnist_dp.py
     mpirun -n 8 python examples/mnist_dp.py --model cnn --epochs 3 --data FOLDER
     mpirun -n 8 python examples/mnist_dp.py --checkpoint FOLDER --resume    # goes on where it was stopped
+    mpirun -n 8 python examples/mnist_dp.py --save mnist.safetensors
+    python -m mpiml predict mnist.safetensors images.npy
 """
 
 import argparse
@@ -10,7 +12,7 @@ from hashlib import sha256
 from pathlib import Path
 from time import perf_counter
 
-from mpiml.data import batches, mnist, pixels
+from mpiml.data import Labels, batches, mnist, pixels
 from mpiml.metrics import correct
 from mpiml.nn import Conv2d, Flatten, Linear, MaxPool2d, Sequential
 from mpiml.ops import cross_entropy, relu
@@ -26,7 +28,7 @@ parser.add_argument("--data", metavar="FOLDER", help="with the MNIST IDX files; 
 parser.add_argument("--seed", type=int, default=0)
 parser.add_argument("--dtype", choices=["float32", "float64"], default="float32")
 parser.add_argument("--lanes", type=int, help="pieces of each batch: with them, the same bits on any number of ranks")
-parser.add_argument("--save", metavar="FILE", help="write the weights to this safetensors file at the end")
+parser.add_argument("--save", metavar="FILE", help="write the model to this safetensors file at the end")
 parser.add_argument("--checkpoint", metavar="FOLDER", help="keep checkpoints in this folder")
 parser.add_argument("--every", type=int, metavar="STEPS", help="steps from one checkpoint to the next (default: 10 minutes)")
 parser.add_argument("--resume", nargs="?", type=int, const=0, metavar="STEP",
@@ -110,5 +112,6 @@ if args.lanes:
 times = watch.report(grid)
 if args.save and grid.rank == 0:
     from mpiml.save import save
-    save(model, args.save)
+    about = {"input": {"kind": "pixels", "shape": x.shape[1:]}, "target": Labels("digit", map(str, range(10))).settings()}
+    save(model, args.save, about)
 say(f"accuracy {test['accuracy']:.4f}, {(steps - first) / in_epoch * len(x) / training:,.0f} samples/s\n{times}")

@@ -63,6 +63,15 @@ def run(args):
     sys.exit(restart.run(args.job, args.restarts, args.fewer))
 
 
+def predict(args):
+    """Predict, by a saved model, the class or the value of each row of a file: of a table (CSV), or of images (.npy).
+
+    The probabilities of all classes come along. It runs alone, or under mpirun on any number of ranks.
+    """
+    from mpiml.predict import predict
+    predict(args.model, args.source, args.out, args.only, args.force, args.pipe)
+
+
 def whole(text):
     number = int(text)
     if number < 1:
@@ -101,6 +110,14 @@ def main():
     command.add_argument("--fewer", type=whole, default=0, metavar="N", help="so many ranks less (-n) at each restart")
     command.add_argument("job", nargs=argparse.REMAINDER, metavar="COMMAND ...", help="the launcher's command")
     command.set_defaults(run=run)
+    command = commands.add_parser("predict", help=predict.__doc__.splitlines()[0], description=predict.__doc__)
+    command.add_argument("model", metavar="MODEL", help="a file of save(model, path, about)")
+    command.add_argument("source", metavar="INPUT", help="what to predict of: a CSV file, or arrays (.npy)")
+    command.add_argument("--out", metavar="OUTPUT", help="where to write (.csv, .npy); default: to the standard output, as CSV")
+    command.add_argument("--only", action="store_true", help="leave out the input's own columns")
+    command.add_argument("--force", action="store_true", help="replace OUTPUT if it exists")
+    command.add_argument("--pipe", type=whole, default=1, metavar="P", help="stages to cut the model into (default 1)")
+    command.set_defaults(run=predict)
     args = parser.parse_args()
     if args.run is run and not args.job:
         parser.error("run needs the command of a job")

@@ -120,6 +120,11 @@ def launched_rank():
     return next((int(os.environ[name]) for name in _RANK if os.environ.get(name, "").isdigit()), 0)
 
 
+def launched():
+    """Whether a launcher of MPI jobs has started this process."""
+    return any(name in os.environ for name in _RANK)
+
+
 # --- What every process sees for itself ----------------------------------------------------------------------------
 
 def process():
@@ -268,7 +273,7 @@ os.kill(int(parent), 9)
 @contextmanager
 def limited_start(speaks):
     """End a job that does not start: MPI waits for all ranks in this block, and lets no thread of this process run."""
-    if not any(name in os.environ for name in _RANK):
+    if not launched():
         yield
         return
     seconds = PATIENCE + 2 * (not speaks)  # whose report it is has the first word

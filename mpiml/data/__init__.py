@@ -4,6 +4,7 @@ from .batches import batches, share
 from .clean import clean
 from .columns import Labels, Number
 from .features import Features
+from .find import find
 from .idx import read_idx
 from .mnist import digits, mnist, pixels
 from .read_csv import read_csv
@@ -12,5 +13,5 @@ from .split import split
 from .table import Table
 from .text import Vocabulary, read_text, windows
 
-__all__ = ["Features", "Labels", "Number", "StandardScaler", "Table", "Vocabulary", "batches", "clean", "digits", "mnist",
-           "pixels", "read_csv", "read_idx", "read_text", "share", "split", "windows"]
+__all__ = ["Features", "Labels", "Number", "StandardScaler", "Table", "Vocabulary", "batches", "clean", "digits", "find",
+           "mnist", "pixels", "read_csv", "read_idx", "read_text", "share", "split", "windows"]

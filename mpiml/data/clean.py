@@ -10,7 +10,7 @@ from mpiml.alone import Alone
 from .table import numbers, numeric
 
 
-def clean(table, target=None, classes=None, *, missing="keep", wrong="error", duplicates="keep", constant="drop", grid=None):
+def clean(table, target=None, classes=None, *, missing="keep", wrong="error", duplicates="keep", constant="keep", grid=None):
     """A table without what cannot be learned from, and a report of all that was found.
 
     - Rows whose ``target`` is missing, or not among the ``classes``, are dropped.
@@ -31,7 +31,8 @@ def clean(table, target=None, classes=None, *, missing="keep", wrong="error", du
     duplicates : "keep" or "drop"
         Rows that are the same as an earlier one.
     constant : "keep" or "drop"
-        Columns, but for the target, that have the same value in all rows.
+        Columns, but for the target, that have the same value in all rows. They do no harm, and other files of the same
+        kind may have other values there.
     grid : mpiml.parallel.Grid, optional
         The ranks that hold the rows together; to be called on all of them.
 
@@ -52,7 +53,7 @@ def clean(table, target=None, classes=None, *, missing="keep", wrong="error", du
     --------
     >>> from mpiml.data import Table
     >>> table = Table({"age": ["30", "inf", "41", "41"], "job": ["clerk", "smith", "", ""], "town": ["Rome"] * 4})
-    >>> table, report = clean(table, target="job")
+    >>> table, report = clean(table, target="job", constant="drop")
     >>> print(*report, sep="\\n")
     the table: 4 rows of 3 columns
     age: 1 value infinite, first in row 2: taken for missing

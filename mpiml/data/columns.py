@@ -49,10 +49,10 @@ class Labels:
         codes = np.array([self._codes.get(text, -1) for text in texts.tolist()], np.int64)
         if unknown == "error" and (codes < 0).any():
             row = int(np.argmax(codes < 0))
-            listed = ", ".join(self.classes[:_SHOWN]) + (", ..." if len(self.classes) > _SHOWN else "")
+            shown = [text or "(missing)" for text in self.classes[:_SHOWN]] + ["..."] * (len(self.classes) > _SHOWN)
             what = repr(texts[row]) if texts[row] else "a missing value"
             raise ValueError(f"{table.where(row, self.column)}: {what} is none of the {len(self.classes)} known values: "
-                             f"{listed}")
+                             f"{', '.join(shown)}")
         return codes
 
     def decode(self, codes):
@@ -82,7 +82,7 @@ class Number:
     >>> from mpiml.data import Table
     >>> mass = Number.fit(Table({"mass": ["3", "5"]}), "mass")
     >>> mass.encode(Table({"mass": ["6"]})).tolist(), mass.decode([2.0]).tolist()
-    ([2.0], [6.0])
+    ([[2.0]], [6.0])
     """
 
     def __init__(self, column, mean=0.0, deviation=1.0):
@@ -99,7 +99,7 @@ class Number:
         return cls(column, scaler.mean[0], scaler.deviation[0])
 
     def encode(self, table, missing="error", dtype="float32"):
-        """(the column - mean) / deviation, (n,).
+        """(the column - mean) / deviation, (n, 1): the shape of the outputs of a model with one of them.
 
         Raises
         ------
@@ -111,10 +111,10 @@ class Number:
         if missing == "error" and np.isnan(values).any():
             row = int(np.argmax(np.isnan(values)))
             raise ValueError(f"{table.where(row, self.column)}: a number is missing")
-        return ((values - self.mean) / self.deviation).astype(dtype)
+        return ((values - self.mean) / self.deviation).astype(dtype)[:, None]
 
     def decode(self, outputs):
-        """The numbers of which standardised ones were made, float64 (n,); of a model's outputs (n, 1), too."""
+        """The numbers of which standardised ones, (n, 1) or (n,), were made: float64 (n,)."""
         return np.asarray(outputs, np.float64).reshape(len(outputs)) * self.deviation + self.mean
 
     def settings(self):

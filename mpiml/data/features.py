@@ -108,9 +108,9 @@ class Features:
                 parts.append(codes[:, None] == np.arange(len(column.classes)))
             else:
                 values = column.encode(table, "error" if self.missing == "error" else "keep", self.dtype)
-                parts.append(np.nan_to_num(values)[:, None])
+                parts.append(np.nan_to_num(values))
                 if self.missing == "indicator":
-                    parts.append(np.isnan(values)[:, None])
+                    parts.append(np.isnan(values))
         return np.concatenate(parts, axis=1, dtype=self.dtype)
 
     def codes(self, table):

@@ -94,6 +94,13 @@ def end(text, code, summary=None):
         comm.Abort(code)
 
 
+def leave(text):
+    """End the program with an error that all ranks have found, and rank 0 writes down; to be called on all of them together."""
+    first = MPI.COMM_WORLD.rank == 0
+    MPI.Finalize()
+    sys.exit(text if first else 0)
+
+
 def install(comm):
     """Abort ``comm``'s job on uncaught exceptions of this process, in any thread; nothing changes on one rank."""
     first = comm.rank == 0

@@ -109,7 +109,7 @@ def load(model, path):
     _refuse_misfits(model, arrays, path)
     if not hasattr(model, "vector"):
         model.init()
-    return _fill(model, arrays)
+    return _copied(model, arrays)
 
 
 def load_model(path, layers=None, place=Module.init):
@@ -134,6 +134,12 @@ def load_model(path, layers=None, place=Module.init):
         The file is damaged, or it holds no description of a model, or one that does not fit its weights. All of this is
         known before the model has memory.
     """
+    model, arrays, about = read_model(path, layers)
+    return fill(model, arrays, place), about
+
+
+def read_model(path, layers=None):
+    """(model, arrays, about): :func:`load_model` up to where the model is given memory, for :func:`fill`."""
     path = os.fspath(path)
     with open(path, "rb") as file:
         content = file.read()
@@ -152,8 +158,13 @@ def load_model(path, layers=None, place=Module.init):
         what = error if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
         raise ValueError(f"{path} describes no model that can be built: {what}") from error
     _refuse_misfits(model, arrays, path)
-    wide = any(array.dtype == np.float64 for array in arrays.values())
-    return _fill(place(model, dtype=np.float64 if wide else np.float32), arrays), about
+    return model, arrays, about
+
+
+def fill(model, arrays, place=Module.init):
+    """The model with memory, of the width that ``arrays`` have, and filled from them."""
+    model = place(model, dtype=np.float64 if any(array.dtype == np.float64 for array in arrays.values()) else np.float32)
+    return _copied(model, arrays)
 
 
 def _refuse_misfits(model, arrays, path):
@@ -165,7 +176,7 @@ def _refuse_misfits(model, arrays, path):
     refuse(path, problems)
 
 
-def _fill(model, arrays):
+def _copied(model, arrays):
     for name, parameter in model.named().items():
         parameter.value[...] = arrays[name]
     return model
