@@ -7,6 +7,8 @@ from collections import Counter
 
 import numpy as np
 
+from mpiml.alone import Alone
+
 PADDING = ""  # fills up short texts
 UNKNOWN = "\N{REPLACEMENT CHARACTER}"  # stands for every token that is not in the vocabulary
 _WORD = re.compile(r"[^\W_]+(?:'[^\W_]+)*")
@@ -117,14 +119,13 @@ class Vocabulary:
                 raise ValueError(f"{name} is a whole number above 0, not {value!r}")
         if level not in LEVELS:
             raise ValueError(f"level is one of {', '.join(LEVELS)}, not {level!r}")
-        counts = Counter()
-        for text in _all_texts(texts):
-            counts.update(LEVELS[level](text))
-        if grid:
-            grid.same("level, size, min_count and special of a vocabulary", (level, size, min_count, tuple(special)))
-            everyones, counts = grid.texts(json.dumps(counts)), Counter()
-            for text in everyones:
-                counts.update(json.loads(text))
+        grid = grid or Alone()
+        grid.same("level, size, min_count and special of a vocabulary", (level, size, min_count, tuple(special)))
+        mine, counts = Counter(), Counter()
+        for text in grid.together("reading the texts", list, _all_texts(texts)):
+            mine.update(LEVELS[level](text))
+        for text in grid.texts(json.dumps(mine)):
+            counts.update(json.loads(text))
         found = sorted((-count, token) for token, count in counts.items() if count >= min_count and token not in special)
         tokens = [*special, *(token for _, token in found)][:size]
         if len(tokens) <= len(special):
@@ -180,12 +181,66 @@ class Vocabulary:
         return (" " if self.level == "word" else "").join(filter(None, (self.tokens[i] for i in ids)))
 
     def settings(self):
-        """What the vocabulary is made of, as plain JSON."""
+        """What :meth:`from_settings` needs, as JSON can carry it."""
         return {"level": self.level, "tokens": self.tokens}
 
     @classmethod
     def from_settings(cls, settings):
         return cls(settings["tokens"], settings["level"])
+
+
+class TextFeatures:
+    """What a model is given of the texts in a table: the ids of their tokens.
+
+    Made by :meth:`fit` from the rows for training, and saved with the model, so that new rows are encoded alike.
+
+    Parameters
+    ----------
+    columns : sequence of str
+        Their texts are joined, a space between them.
+    vocabulary : Vocabulary
+    length : int
+        Tokens of each row: longer texts lose their ends, shorter ones are padded there.
+
+    Examples
+    --------
+    >>> from mpiml.data import Table
+    >>> table = Table({"title": ["Rain", "Sun", ""], "text": ["in Rome", "in Oslo", "Sun"]})
+    >>> features = TextFeatures.fit(table, ["title", "text"], length=4)
+    >>> features.vocabulary.tokens[2:], features.encode(table).tolist()
+    (['in', 'sun', 'oslo', 'rain', 'rome'], [[5, 2, 6, 0], [3, 2, 4, 0], [3, 0, 0, 0]])
+    """
+
+    def __init__(self, columns, vocabulary, length):
+        self.columns, self.vocabulary, self.length = list(columns), vocabulary, length
+
+    @classmethod
+    def fit(cls, table, columns, length, grid=None, **options):
+        """With the vocabulary of a table, of all ranks together; ``options`` are those of :meth:`Vocabulary.of`."""
+        columns = list(columns)
+        return cls(columns, Vocabulary.of(_joined(table, columns), grid=grid, **options), length)
+
+    def encode(self, table):
+        """The ids of each row's tokens, int64 (n, length); other columns are left out.
+
+        Raises
+        ------
+        ValueError
+            A column is missing.
+        """
+        return self.vocabulary.encode(_joined(table, self.columns), self.length)
+
+    def settings(self):
+        """What :meth:`from_settings` needs, as JSON can carry it."""
+        return {"kind": "text", "columns": self.columns, "length": self.length, **self.vocabulary.settings()}
+
+    @classmethod
+    def from_settings(cls, settings):
+        return cls(settings["columns"], Vocabulary.from_settings(settings), settings["length"])
+
+
+def _joined(table, columns):
+    return [" ".join(filter(None, parts)) for parts in zip(*(table[name] for name in columns), strict=True)]
 
 
 def _all_texts(texts):
