@@ -11,6 +11,7 @@ from .read_csv import read_csv
 from .scale import StandardScaler
 from .split import split
 from .table import Table
+from .text import TextFeatures, Vocabulary, read_text, windows
 
-__all__ = ["Features", "Labels", "Number", "StandardScaler", "Table", "batches", "clean", "digits", "find", "mnist", "pixels",
-           "read_csv", "read_idx", "share", "split"]
+__all__ = ["Features", "Labels", "Number", "StandardScaler", "Table", "TextFeatures", "Vocabulary", "batches", "clean",
+           "digits", "find", "mnist", "pixels", "read_csv", "read_idx", "read_text", "share", "split", "windows"]
