@@ -10,7 +10,7 @@ import argparse
 import math
 from pathlib import Path
 
-from mpiml.data import mnist, pixels
+from mpiml.data import Labels, mnist, pixels
 from mpiml.fit import fit
 from mpiml.metrics import correct
 from mpiml.nn import Conv2d, Flatten, Linear, MaxPool2d, Sequential
@@ -33,7 +33,7 @@ parser.add_argument("--seed", type=int, default=0)
 parser.add_argument("--dtype", choices=["float32", "float64"], default="float32")
 parser.add_argument("--draw", metavar="FILE", help="write a picture of a step, simulated and measured (.svg, .png)")
 parser.add_argument("--trace", metavar="FILE", help="write what all ranks did, for ui.perfetto.dev")
-parser.add_argument("--save", metavar="FILE", help="write the weights to this safetensors file at the end")
+parser.add_argument("--save", metavar="FILE", help="write the model to this safetensors file at the end")
 parser.add_argument("--run", metavar="FOLDER", help="keep a log, and checkpoints to go on from, in this folder")
 parser.add_argument("--every", type=int, metavar="STEPS", help="steps from one checkpoint to the next (default: 10 minutes)")
 parser.add_argument("--resume", nargs="?", type=int, const=True, default=False, metavar="STEP",
@@ -96,7 +96,8 @@ history = fit(model, cross_entropy, (x, y), grid, optimizer, batch=args.batch, e
 weights = model.collect()
 if args.save and grid.rank == 0:
     from mpiml.save import save
-    save(weights, args.save)
+    about = {"input": {"kind": "pixels", "shape": x.shape[1:]}, "target": Labels("digit", map(str, range(10))).settings()}
+    save(model, args.save, about, weights)
 times = watch.report(grid)
 if not watch.steps:
     say("the training had come to its end before: there is nothing to draw")

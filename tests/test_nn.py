@@ -10,9 +10,11 @@ from mpiml.nn import (
     AvgPool2d,
     BatchNorm2d,
     Concatenate,
+    Conv1d,
     Conv2d,
     Dropout,
     Embedding,
+    EmbeddingBag,
     Flatten,
     GroupNorm,
     LayerNorm,
@@ -20,7 +22,9 @@ from mpiml.nn import (
     MaxPool2d,
     Module,
     Parameter,
+    Positions,
     Residual,
+    SelfAttention,
     Sequential,
     Statistic,
     Step,
@@ -83,6 +87,15 @@ MODELS = {
     "BatchNorm2d": (lambda: BatchNorm2d(3), lambda n: n.BatchNorm2d(3), (4, 3, 2, 3)),
     "BatchNorm2d of blocks": (lambda: BatchNorm2d(3, samples=2), None, (5, 3, 2, 3)),
     "Embedding": (lambda: Embedding(5, 3), lambda n: n.Embedding(5, 3), IDS),
+    "Conv1d": (lambda: Conv1d(2, 4, 3), lambda n: n.Conv1d(2, 4, 3), (2, 2, 5)),
+    "Conv1d with options": (lambda: Conv1d(3, 4, 2, stride=2, padding=1, dilation=3, bias=False),
+                            lambda n: n.Conv1d(3, 4, 2, stride=2, padding=1, dilation=3, bias=False), (2, 3, 9)),
+    "EmbeddingBag": (lambda: EmbeddingBag(5, 3, padding_idx=2),
+                     lambda n: n.EmbeddingBag(5, 3, mode="mean", padding_idx=2), IDS),
+    "Positions": (lambda: Positions(4, 3), None, (2, 4, 3)),
+    "Positions of short sequences": (lambda: Positions(4, 3), None, (2, 3, 3)),
+    "SelfAttention": (lambda: SelfAttention(6, 2), None, (2, 5, 6)),
+    "SelfAttention that is causal": (lambda: SelfAttention(6, 3, is_causal=True), None, (2, 5, 6)),
     "Dropout": (lambda: Dropout(0.3), None, (3, 5)),
     "Residual": (lambda: Residual(Linear(3, 3)), None, (4, 3)),
     "Residual with a shortcut": (lambda: Residual(Linear(3, 2), Linear(3, 2)), None, (4, 3)),
@@ -373,10 +386,39 @@ def test_weights_and_biases_are_uniform(make, bound):
         assert p.value.var() == pytest.approx(bound**2 / 3, rel=slack)
 
 
+@pytest.mark.parametrize("causal", [False, True])
+def test_self_attention_is_pytorchs(causal):
+    t = pytest.importorskip("torch")
+    model = SelfAttention(12, 3, is_causal=causal).init(seed=1, dtype=np.float64)
+    theirs = t.nn.MultiheadAttention(12, 3, batch_first=True, dtype=t.float64)
+    own = weights(model)
+    theirs.load_state_dict({name: t.tensor(value) for name, value in {
+        "in_proj_weight": np.concatenate([own[f"{part}.weight"] for part in ("query", "key", "value")]),
+        "in_proj_bias": np.concatenate([own[f"{part}.bias"] for part in ("query", "key", "value")]),
+        "out_proj.weight": own["out.weight"], "out_proj.bias": own["out.bias"]}.items()})
+    x = np.random.default_rng(0).standard_normal((2, 5, 12))
+    mask = np.array([[True] * 5, [True] * 3 + [False] * 2])
+    after = t.ones(5, 5, dtype=bool).triu(1) if causal else None
+    expected, _ = theirs(*[t.tensor(x)] * 3, key_padding_mask=t.tensor(~mask), attn_mask=after)
+    np.testing.assert_allclose(model(x, mask=mask), expected.detach().numpy(), rtol=1e-12, atol=1e-12)
+
+
+def test_layers_of_sequences_refuse():
+    for message, layer, x in [
+            ("a sequence of 4 is too long for a model of 3 positions", Positions(3, 2), np.zeros((1, 4, 2), np.float32)),
+            (r"\(n, channels, length\), not \(2, 3\)", Conv1d(3, 2, 1), np.zeros((2, 3), np.float32))]:
+        with pytest.raises(ValueError, match=message):
+            layer.init()(x)
+    with pytest.raises(ValueError, match="cannot split 6 features into 4 equal heads"):
+        SelfAttention(6, 4)
+
+
 @pytest.mark.parametrize(("make", "like"), [
     (lambda: Linear(50, 400), lambda n: n.Linear(50, 400)),
     (lambda: Conv2d(4, 400, 3, groups=2), lambda n: n.Conv2d(4, 400, 3, groups=2)),
+    (lambda: Conv1d(10, 400, 3), lambda n: n.Conv1d(10, 400, 3)),
     (lambda: Embedding(100, 60), lambda n: n.Embedding(100, 60)),
+    (lambda: EmbeddingBag(100, 60), lambda n: n.EmbeddingBag(100, 60)),
     (lambda: LayerNorm(40), lambda n: n.LayerNorm(40)), (lambda: BatchNorm2d(40), lambda n: n.BatchNorm2d(40))])
 def test_initial_weights_are_spread_as_pytorchs(make, like):
     t = pytest.importorskip("torch")

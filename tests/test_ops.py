@@ -125,6 +125,11 @@ def attention_torch(t, q, k, v, is_causal=False, mask=None, scale=None):
     return t.nn.functional.scaled_dot_product_attention(q, k, v, keys, is_causal=is_causal, scale=scale)
 
 
+def masked_mean_torch(t, x, mask):
+    mask = t.as_tensor(mask)[:, :, None].to(x.dtype)
+    return (x * mask).sum(1) / mask.sum(1).clamp(min=1)
+
+
 def losses(*more):
     return (case(normal(2, 3), REAL[2, 3]), case(normal(2, 3, 4), REAL[2, 3, 4]), case(normal(0, 3), REAL[0, 3]),
             case(normal(), np.array(0.3)), case(normal(3), np.array([0, 1, 1])), case(normal(1, 1), np.ones((1, 1))),
@@ -191,6 +196,9 @@ CASES = {
     "sum": op(lambda t, x, axis=None, keepdims=False: t.sum(x, axis, keepdims),
               *reductions(case(normal(0, 3)), case(normal(0, 3), 0))),
     "mean": op(lambda t, x, axis=None, keepdims=False: t.mean(x, axis, keepdims), *reductions(case(normal(0, 3), 1))),
+    "masked_mean": op(masked_mean_torch, case(normal(3, 4, 2), np.arange(12).reshape(3, 4) % 5 > 1),
+                      case(normal(2, 3, 7), np.array([[False] * 3, [True] * 3])),
+                      case(normal(1, 1, 1), np.ones((1, 1), bool)), case(normal(0, 3, 2), np.ones((0, 3), bool))),
     "max": op(lambda t, x, axis=None, keepdims=False: t.amax(x, () if axis is None else axis, keepdims),
               *reductions()),
     "min": op(lambda t, x, axis=None, keepdims=False: t.amin(x, () if axis is None else axis, keepdims),
@@ -585,6 +593,8 @@ INTEGERS = zeros(2, 3, dtype=int)
     (ValueError, "a single value per channel",
      lambda: ops.batch_norm(zeros(1, 3), zeros(3), zeros(3), zeros(), training=True)),
     (ValueError, "a mean of nothing", lambda: ops.mean(zeros(2, 0), 1)),
+    (ValueError, r"not \(2, 3, 4\) and \(2, 4\) of bool", lambda: ops.masked_mean(zeros(2, 3, 4), zeros(2, 4) > 0)),
+    (ValueError, r"\(2, 3\) of float32", lambda: ops.masked_mean(zeros(2, 3, 4), zeros(2, 3))),
     (ValueError, "0 <= p < 1, not 1", lambda: ops.dropout(zeros(2, 3), 1, key=0)),
     (ValueError, "approximate=.*'erf'", lambda: ops.gelu(zeros(2), approximate="erf")),
     (ValueError, "label 3 at position 1 .* from 0 to 2", lambda: ops.cross_entropy(zeros(2, 3), np.array([0, 3]))),

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from launch import environment, mpirun
 
-from mpiml.data import Features, Labels, Number, pixels, read_csv
-from mpiml.nn import Flatten, Linear, Sequential
+from mpiml import data
+from mpiml.data import Features, Labels, Number, Table, TextFeatures, pixels, read_csv
+from mpiml.nn import EmbeddingBag, Flatten, Linear, Sequential
 from mpiml.ops import relu
-from mpiml.predict import INPUTS, TARGETS, predict
+from mpiml.predict import INPUTS, Images, predict
 from mpiml.random import generator
 
 pytest.importorskip("safetensors")
@@ -102,6 +103,19 @@ def test_a_model_of_float64_without_a_target(files):
     np.testing.assert_allclose(np.loadtxt("out.csv", delimiter=",", skiprows=1), model(x), rtol=1e-8)
 
 
+def test_texts(files):
+    table = Table({"title": ["rain in rome", "sun in oslo"], "kind": ["bad", "good"]})
+    features, labels = TextFeatures.fit(table, ["title"], length=4), Labels.fit(table, "kind")
+    model = Sequential(EmbeddingBag(len(features.vocabulary), 3), Linear(3, 2)).init(seed=1)
+    save(model, "texts.safetensors", {"input": features.settings(), "target": labels.settings()})
+    (files / "texts.csv").write_text('title,page\n"Sun, \nand never rain",1\n,2\nfog,3\n')
+    predict("texts.safetensors", "texts.csv", "out.csv")
+    found = model(features.encode(Table({"title": ["Sun, and never rain", "", "fog"]})))
+    assert [row["page"] for row in rows_of("out.csv")] == ["1", "2", "3"]
+    assert [row["predicted kind"] for row in rows_of("out.csv")] == labels.decode(found)
+    refused("column 'title'", "texts.safetensors", "new.csv")
+
+
 @pytest.mark.parametrize("text", [
     "30,x,clerk,yes\n41,y,smith,no\n", "30,x,clerk\n41,y,smith\n", "job,age\nclerk,30\nsmith,41\n",
     "\ufeff\nage,town,job,ill\n30,x,clerk,?\n41,y,smith,?\n"])
@@ -129,6 +143,17 @@ def images(files):
     x = generator(3, "images").integers(0, 256, (700, 1, 3, 4)).astype(np.uint8)
     np.save("x.npy", x)
     return model, x
+
+
+@pytest.mark.parametrize("kind", [kind for kind, encoder in INPUTS.items() if encoder is Images])
+def test_every_kind_of_images(kind, files):
+    prepare = getattr(data, kind)
+    x = generator(5, kind).integers(0, 256, (3, 3, 8, 8)).astype(np.uint8)
+    model = Sequential(Flatten(), Linear(192, 4)).init()
+    save(model, "model.safetensors", {"input": {"kind": kind, "shape": x.shape[1:]}})
+    np.save("x.npy", x)
+    predict("model.safetensors", "x.npy", "out.npy")
+    np.testing.assert_array_equal(np.load("out.npy"), model(prepare(x)))
 
 
 def test_images(images):
@@ -224,13 +249,15 @@ def test_files_that_are_not_there_or_in_the_way(files):
     refused("No such file or directory: 'none.csv'", "classes.safetensors", "none.csv", error=FileNotFoundError)
     refused("No such file or directory: 'none'", "none", "new.csv", error=FileNotFoundError)
     refused("cannot write no/out: there is no folder no", "classes.safetensors", "new.csv", "no/out", error=FileNotFoundError)
-    refused("it is a folder", "classes.safetensors", "new.csv", str(files), error=IsADirectoryError)
+    for path, what in (str(files), "folder"), ("/dev/null", "device"):
+        refused(f"it is a {what}, not a file", "classes.safetensors", "new.csv", path, force=True)
     (files / "out.csv").write_text("mine")
     refused("out.csv exists already: --force replaces it", "classes.safetensors", "new.csv", "out.csv", error=FileExistsError)
     for path in "new.csv", "./new.csv", "classes.safetensors":
         refused("is what is read: write the predictions to another file", "classes.safetensors", "new.csv", path, force=True)
-    predict("classes.safetensors", "new.csv", "out.csv", force=True)
-    assert len(rows_of("out.csv")) == 4
+    (files / "link").symlink_to("out.csv")
+    predict("classes.safetensors", "new.csv", "link", force=True)
+    assert len(rows_of("out.csv")) == 4 and (files / "link").is_symlink()
     refused("a pipeline of 2 stages takes 2 ranks: mpirun -n 2", "classes.safetensors", "new.csv", pipe=2)
 
 
@@ -258,7 +285,7 @@ def test_data_of_another_kind(images, files):
 
 
 @pytest.mark.parametrize("about, message", [
-    ({"input": {"kind": "sound"}}, "has an entry 'input' of the kind 'sound', but this version of mpiml knows table, pixels"),
+    ({"input": {"kind": "sound"}}, "has an entry 'input' of the kind 'sound', but this version of mpiml knows table, text,"),
     ({"input": {"kind": "table"}}, "has an entry 'input' that cannot be used: KeyError: 'columns'"),
     ({"input": 3}, "has an entry 'input' of the kind 3"),
     ({"target": {"kind": "classes"}}, "has an entry 'target' that cannot be used: KeyError"),
@@ -286,7 +313,3 @@ def test_many_ranks_say_it_once(files):
     run = command(files / "classes.safetensors", files / "new.csv", "--pipe", "2", ranks=3)
     assert run.code == 1 and run.err.startswith("mpiml: a grid of pipe=2 needs a multiple of 2 processes") and not run.left
     assert not (files / "out.csv").exists()
-
-
-def test_every_kind_of_encoder_is_known():
-    assert {kind: INPUTS[kind] for kind in ("table", "pixels")} and set(TARGETS) == {"classes", "number"}

@@ -14,8 +14,8 @@ from .rows import Rows
 from .scale import StandardScaler
 from .split import split
 from .table import Table
-from .text import Vocabulary, read_text, windows
+from .text import TextFeatures, Vocabulary, read_text, windows
 
-__all__ = ["Features", "Labels", "Number", "Rows", "StandardScaler", "Table", "Vocabulary", "batches", "cifar10", "clean",
-           "colors", "crop_and_flip", "digits", "find", "mnist", "normalize", "pixels", "read_csv", "read_idx", "read_text",
-           "share", "split", "windows"]
+__all__ = ["Features", "Labels", "Number", "Rows", "StandardScaler", "Table", "TextFeatures", "Vocabulary", "batches", "cifar10",
+           "clean", "colors", "crop_and_flip", "digits", "find", "mnist", "normalize", "pixels", "read_csv", "read_idx",
+           "read_text", "share", "split", "windows"]

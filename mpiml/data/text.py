@@ -7,7 +7,7 @@ from collections import Counter
 
 import numpy as np
 
-from mpiml.random import generator
+from mpiml.alone import Alone
 
 PADDING = ""  # fills up short texts
 UNKNOWN = "\N{REPLACEMENT CHARACTER}"  # stands for every token that is not in the vocabulary
@@ -15,7 +15,7 @@ _WORD = re.compile(r"[^\W_]+(?:'[^\W_]+)*")
 
 
 def read_text(path, errors="strict"):
-    """The text in a file of UTF-8; without a byte order mark, and with one newline, ``\\n``, at the end of each line.
+    """The text in a file of UTF-8, without a byte order mark, and with ``\\n`` for a newline whatever stands in the file.
 
     Parameters
     ----------
@@ -39,8 +39,8 @@ def read_text(path, errors="strict"):
         # The position it tells does not count a byte order mark.
         at = error.start + len(data) - len(error.object)
         line = data.count(b"\n", 0, at) + 1
-        raise ValueError(f"{path}, line {line}: byte {at} of the file, 0x{data[at]:02x}, is not UTF-8 ({error.reason}): convert "
-                         f"the file (iconv -f LATIN1 -t UTF-8, say), or read it with errors=\"replace\"") from error
+        raise ValueError(f"{path}, line {line}: byte {at} of the file, 0x{data[at]:02x}, is not UTF-8 ({error.reason}): "
+                         f"convert the file (iconv -f LATIN1 -t UTF-8, say), or read it with errors=\"replace\"") from error
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
@@ -119,14 +119,13 @@ class Vocabulary:
                 raise ValueError(f"{name} is a whole number above 0, not {value!r}")
         if level not in LEVELS:
             raise ValueError(f"level is one of {', '.join(LEVELS)}, not {level!r}")
-        counts = Counter()
-        for text in _all_texts(texts):
-            counts.update(LEVELS[level](text))
-        if grid:
-            grid.same("level, size, min_count and special of a vocabulary", (level, size, min_count, tuple(special)))
-            everyones, counts = grid.texts(json.dumps(counts)), Counter()
-            for text in everyones:
-                counts.update(json.loads(text))
+        grid = grid or Alone()
+        grid.same("level, size, min_count and special of a vocabulary", (level, size, min_count, tuple(special)))
+        mine, counts = Counter(), Counter()
+        for text in grid.together("reading the texts", list, _all_texts(texts)):
+            mine.update(LEVELS[level](text))
+        for text in grid.texts(json.dumps(mine)):
+            counts.update(json.loads(text))
         found = sorted((-count, token) for token, count in counts.items() if count >= min_count and token not in special)
         tokens = [*special, *(token for _, token in found)][:size]
         if len(tokens) <= len(special):
@@ -182,12 +181,66 @@ class Vocabulary:
         return (" " if self.level == "word" else "").join(filter(None, (self.tokens[i] for i in ids)))
 
     def settings(self):
-        """What the vocabulary is made of, as plain JSON."""
+        """What :meth:`from_settings` needs, as JSON can carry it."""
         return {"level": self.level, "tokens": self.tokens}
 
     @classmethod
     def from_settings(cls, settings):
         return cls(settings["tokens"], settings["level"])
+
+
+class TextFeatures:
+    """What a model is given of the texts in a table: the ids of their tokens.
+
+    Made by :meth:`fit` from the rows for training, and saved with the model, so that new rows are encoded alike.
+
+    Parameters
+    ----------
+    columns : sequence of str
+        Their texts are joined, a space between them.
+    vocabulary : Vocabulary
+    length : int
+        Tokens of each row: longer texts lose their ends, shorter ones are padded there.
+
+    Examples
+    --------
+    >>> from mpiml.data import Table
+    >>> table = Table({"title": ["Rain", "Sun", ""], "text": ["in Rome", "in Oslo", "Sun"]})
+    >>> features = TextFeatures.fit(table, ["title", "text"], length=4)
+    >>> features.vocabulary.tokens[2:], features.encode(table).tolist()
+    (['in', 'sun', 'oslo', 'rain', 'rome'], [[5, 2, 6, 0], [3, 2, 4, 0], [3, 0, 0, 0]])
+    """
+
+    def __init__(self, columns, vocabulary, length):
+        self.columns, self.vocabulary, self.length = list(columns), vocabulary, length
+
+    @classmethod
+    def fit(cls, table, columns, length, grid=None, **options):
+        """With the vocabulary of a table, of all ranks together; ``options`` are those of :meth:`Vocabulary.of`."""
+        columns = list(columns)
+        return cls(columns, Vocabulary.of(_joined(table, columns), grid=grid, **options), length)
+
+    def encode(self, table):
+        """The ids of each row's tokens, int64 (n, length); other columns are left out.
+
+        Raises
+        ------
+        ValueError
+            A column is missing.
+        """
+        return self.vocabulary.encode(_joined(table, self.columns), self.length)
+
+    def settings(self):
+        """What :meth:`from_settings` needs, as JSON can carry it."""
+        return {"kind": "text", "columns": self.columns, "length": self.length, **self.vocabulary.settings()}
+
+    @classmethod
+    def from_settings(cls, settings):
+        return cls(settings["columns"], Vocabulary.from_settings(settings), settings["length"])
+
+
+def _joined(table, columns):
+    return [" ".join(filter(None, parts)) for parts in zip(*(table[name] for name in columns), strict=True)]
 
 
 def _all_texts(texts):
@@ -199,23 +252,21 @@ def _all_texts(texts):
         yield text
 
 
-def windows(ids, length, epoch=None, seed=0):
+def windows(ids, length, step=None):
     """A long sequence as samples of the task to tell the next token: x (n, length), and y, the same one token later.
-
-    The windows follow each other without a gap or an overlap, so that an epoch is one pass through the text. With
-    ``epoch``, the first one begins at one of the first ``length`` places, as a function of (seed, epoch), so that a model
-    sees other windows in each; their number stays the same.
 
     Parameters
     ----------
     ids : array (tokens,)
     length : int
-    epoch, seed : int, optional
+    step : int, optional
+        From the beginning of one window to that of the next; by default they follow each other without an overlap, so that
+        an epoch is one pass through the text. With half of ``length`` an epoch is two passes, cut at different places.
 
     Returns
     -------
     x, y : arrays (n, length)
-        Views of ``ids``.
+        Views of ``ids``, which take no memory.
 
     Raises
     ------
@@ -224,12 +275,14 @@ def windows(ids, length, epoch=None, seed=0):
 
     Examples
     --------
-    >>> x, y = windows(np.arange(9), length=3)
+    >>> x, y = windows(np.arange(8), length=3)
     >>> x.tolist(), y.tolist()
     ([[0, 1, 2], [3, 4, 5]], [[1, 2, 3], [4, 5, 6]])
     """
-    n = (len(ids) - length) // length  # leaves length - 1 places for the offset, and a token for the last y
-    if n < 1:
-        raise ValueError(f"a text of {len(ids)} tokens is too short for windows of {length}: it takes {2 * length} at least")
-    first = 0 if epoch is None else int(generator(seed, "windows", epoch).integers(length))
-    return tuple(ids[start:start + n * length].reshape(n, length) for start in (first, first + 1))
+    step = length if step is None else step
+    for name, value in ("length", length), ("step", step):
+        if not isinstance(value, (int, np.integer)) or value < 1:
+            raise ValueError(f"{name} is a number of tokens, a whole number above 0, not {value!r}")
+    if len(ids) <= length:
+        raise ValueError(f"a text of {len(ids)} tokens is too short for windows of {length}: it takes {length + 1} at least")
+    return tuple(np.lib.stride_tricks.sliding_window_view(part, length)[::step] for part in (ids[:-1], ids[1:]))

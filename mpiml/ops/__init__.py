@@ -21,12 +21,12 @@ from .loss import (
     softmax,
 )
 from .normalize import batch_norm, group_norm, layer_norm
-from .reduce import max, mean, min, sum
+from .reduce import masked_mean, max, mean, min, sum
 from .shape import broadcast_to, concatenate, flatten, identity, pad, reshape, stack, transpose
 
 __all__ = ["add", "add_relu", "avg_pool2d", "batch_norm", "binary_cross_entropy_with_logits", "broadcast_to", "clip",
            "concatenate", "conv2d", "cross_entropy", "divide", "dropout", "embedding", "exp", "flatten", "gelu",
-           "getitem", "group_norm", "huber_loss", "identity", "l1_loss", "layer_norm", "linear", "log", "log_softmax",
-           "matmul", "max", "max_pool2d", "mean", "min", "mse_loss", "multiply", "negative", "pad", "power", "relu",
-           "reshape", "scaled_dot_product_attention", "sigmoid", "silu", "softmax", "sqrt", "stack", "subtract",
-           "sum", "tanh", "transpose", "where"]
+           "getitem", "group_norm", "huber_loss", "identity", "l1_loss", "layer_norm", "linear", "log",
+           "log_softmax", "masked_mean", "matmul", "max", "max_pool2d", "mean", "min", "mse_loss", "multiply",
+           "negative", "pad", "power", "relu", "reshape", "scaled_dot_product_attention", "sigmoid", "silu",
+           "softmax", "sqrt", "stack", "subtract", "sum", "tanh", "transpose", "where"]

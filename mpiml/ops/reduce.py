@@ -2,7 +2,10 @@
 
 import numpy as np
 
+from mpiml import kernels as k
 from mpiml.tensor import op
+
+from .check import floats
 
 
 def _expand(g, axis, keepdims):
@@ -37,6 +40,17 @@ def mean(x, axis=None, keepdims=False):
     shape = x.shape
     return np.mean(x, axis, keepdims=keepdims), (
         lambda g: np.broadcast_to(_expand(g, axis, keepdims) / count, shape),)
+
+
+@op
+def masked_mean(x, mask):
+    """Mean of x (n, length, features) over the places where ``mask`` (n, length) is true, (n, features); 0 where none is."""
+    floats("masked_mean", x)
+    if mask.shape != x.shape[:2] or x.ndim != 3 or mask.dtype != bool:
+        raise ValueError(f"masked_mean takes x (n, length, features) and a mask (n, length) of bool, not {x.shape} and "
+                         f"{mask.shape} of {mask.dtype}")
+    share = (mask / np.maximum(mask.sum(axis=1, keepdims=True), 1)).astype(x.dtype)
+    return k.matmul(share[:, None], x)[:, 0], (lambda g: share[:, :, None] * g[:, None],)
 
 
 def _extreme(reduce, x, axis, keepdims):
