@@ -1,7 +1,7 @@
 """Data-parallel training on MNIST: every rank holds the whole model and a share of each batch.
 
     mpirun -n 8 python examples/mnist_dp.py
-    mpirun -n 8 python examples/mnist_dp.py --model cnn --epochs 3 --data FOLDER
+    mpirun -n 8 python examples/mnist_dp.py --model cnn --data FOLDER
     mpirun -n 8 python examples/mnist_dp.py --run FOLDER --resume    # keeps a log and checkpoints; goes on where it was stopped
     mpirun -n 8 python examples/mnist_dp.py --save mnist.safetensors
     python -m mpiml predict mnist.safetensors images.npy

@@ -1,9 +1,11 @@
 """Images made ready: normalised channels, and crops and mirrors that depend on the sample alone."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
-from mpiml.data import batches, crop_and_flip, normalize
+from mpiml.data import Rows, batches, crop_and_flip, normalize
 from mpiml.random import bits, key
 
 RNG = np.random.default_rng(0)
@@ -17,6 +19,12 @@ def test_each_channel_is_normalized():
     for channel in range(3):
         np.testing.assert_allclose(out[:, channel], (IMAGES[:, channel] - mean[channel]) / deviation[channel], rtol=1e-6)
     np.testing.assert_array_equal(normalize(IMAGES[:, :1], 10, 2), normalize(IMAGES[:, :1], [10], [2]))
+    assert normalize(IMAGES.astype(np.float64), mean, deviation).dtype == np.float32
+
+
+def test_rows_of_a_file_are_images_too(tmp_path):
+    np.save(tmp_path / "x.npy", IMAGES)
+    np.testing.assert_array_equal(normalize(Rows(tmp_path / "x.npy")[:9], 3, 2), normalize(IMAGES[:9], 3, 2))
 
 
 @pytest.mark.parametrize("images, mean", [(IMAGES[:, :1], (1, 2, 3)), (IMAGES, (1, 2)), (IMAGES[0, 0], (1, 2, 3))], ids=str)
@@ -99,7 +107,6 @@ def test_what_cannot_be_cropped(images, samples):
 
 @pytest.mark.parametrize("ranks, size", [(1, 60), (2, 8), (3, 9)])
 def test_augmented_batches_are_the_same_on_any_grid(ranks, size):
-    from types import SimpleNamespace
     whole = crop_and_flip(IMAGES, np.arange(60), epoch=4)
     for rank in range(ranks):
         grid = SimpleNamespace(replica=rank, data=ranks, lanes=None, undone=0, same=lambda what, value: None)

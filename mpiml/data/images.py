@@ -30,7 +30,7 @@ def normalize(images, mean, deviation):
         if values.ndim and images.shape[-3:-2] != values.shape:
             raise ValueError(f"{len(values)} numbers, one for each channel, do not suit images of shape {images.shape}")
     mean, factor = (values.astype(np.float32).reshape((-1, 1, 1) if values.ndim else ()) for values in (mean, factor))
-    return (images.astype(np.float32) - mean) * factor
+    return (np.asarray(images, np.float32) - mean) * factor
 
 
 def crop_and_flip(images, samples, epoch, seed=0, padding=4):
