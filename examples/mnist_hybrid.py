@@ -11,7 +11,7 @@ import math
 from pathlib import Path
 from time import perf_counter
 
-from mpiml.data import batches, mnist, pixels
+from mpiml.data import Labels, batches, mnist, pixels
 from mpiml.metrics import correct
 from mpiml.nn import Conv2d, Flatten, Linear, MaxPool2d, Sequential
 from mpiml.ops import cross_entropy, relu
@@ -33,7 +33,7 @@ parser.add_argument("--seed", type=int, default=0)
 parser.add_argument("--dtype", choices=["float32", "float64"], default="float32")
 parser.add_argument("--draw", metavar="FILE", help="write a picture of a step, simulated and measured (.svg, .png)")
 parser.add_argument("--trace", metavar="FILE", help="write what all ranks did, for ui.perfetto.dev")
-parser.add_argument("--save", metavar="FILE", help="write the weights to this safetensors file at the end")
+parser.add_argument("--save", metavar="FILE", help="write the model to this safetensors file at the end")
 parser.add_argument("--checkpoint", metavar="FOLDER", help="keep checkpoints in this folder")
 parser.add_argument("--every", type=int, metavar="STEPS", help="steps from one checkpoint to the next (default: 10 minutes)")
 parser.add_argument("--resume", nargs="?", type=int, const=0, metavar="STEP",
@@ -128,7 +128,8 @@ if args.checkpoint:
 weights = model.collect()
 if args.save and grid.rank == 0:
     from mpiml.save import save
-    save(weights, args.save)
+    about = {"input": {"kind": "pixels", "shape": x.shape[1:]}, "target": Labels("digit", map(str, range(10))).settings()}
+    save(model, args.save, about, weights)
 times = watch.report(grid)
 timelines = watch.draw(grid, args.draw)
 if args.trace:

@@ -7,7 +7,9 @@ mpiml.ops            the derivative table: relu, conv2d, cross_entropy, ...
 mpiml.nn             layers and the combinators that build a model
 mpiml.optim          SGD, Adam, AdamW, LARS, LAMB and learning-rate schedules on flat vectors
 mpiml.data           readers and batches
-mpiml.save           weights and checkpoints in safetensors files
+mpiml.save           weights, models and checkpoints in safetensors files
+mpiml.describe       models as JSON, and built again from it
+mpiml.predict        python -m mpiml predict: what a saved model says of the rows of a file
 mpiml.schedule       pipeline schedules: lists, simulated and drawn
 mpiml.check          python -m mpiml check: what is wrong with this machine or this job
 mpiml.parallel       Grid, place, gradient, predict: the only part that starts MPI

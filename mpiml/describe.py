@@ -174,15 +174,30 @@ def _value(expression, own):
     if name in _LAYERS and not all(_modest(arg) for arg in (*args, *options.values())):
         raise ValueError(f"{_short(expression)}: the layers of mpiml.nn take numbers, tuples of numbers, layers and functions")
     try:
+        if name in _LAYERS:
+            make(*map(_guarded, args), **{key: _guarded(option) for key, option in options.items()})
         return make(*args, **options)
     except Exception as error:
         raise ValueError(f"{_short(expression)} cannot be made: {type(error).__name__}: {error}") from error
 
 
 def _modest(arg):
-    """Whether this may be given to a constructor, that might multiply it: a text or a tuple times 10**12 is large."""
+    """Whether this may be given to a layer of mpiml's, that takes it for a number and multiplies: texts become long by that."""
     items = arg if isinstance(arg, (tuple, list)) else [arg]
     return all(item is None or isinstance(item, (int, float)) or (item is arg and callable(item)) for item in items)
+
+
+class _Guarded(tuple):
+    """A tuple that does not become long by being multiplied."""
+
+    def __mul__(self, factor):
+        raise TypeError("a tuple stands for a number")
+
+    __rmul__ = __mul__
+
+
+def _guarded(arg):
+    return _Guarded(arg) if isinstance(arg, (tuple, list)) else arg
 
 
 def _lookup(name, ours, own, kind):

@@ -4,8 +4,9 @@ The model is one that ``save(model, path, about)`` has written, and ``about`` sa
 
 =========  =============================================================================================================
 "input"    How data become the model's input: the ``settings()`` of what encoded them for training, such as
-           :class:`mpiml.data.Features`; or, of images, ``{"kind": "pixels", "shape": [1, 28, 28]}``, the name of a function
-           of :mod:`mpiml.data` and the shape of an image. Without it, arrays are given to the model as they are.
+           :class:`mpiml.data.Features` or :class:`mpiml.data.TextFeatures`; or, of images, ``{"kind": "pixels", "shape":
+           [1, 28, 28]}``, the name of a function of :mod:`mpiml.data` and the shape of an image. Without it, arrays are
+           given to the model as they are.
 "target"   What its outputs mean: the ``settings()`` of :class:`mpiml.data.Labels`, if they are the logits of its classes, or
            of :class:`mpiml.data.Number`. Without it, they are written as they are.
 "csv"      Arguments of :func:`mpiml.data.read_csv`, for files that it does not read without: ``{"names": [...]}``, say.
@@ -30,7 +31,7 @@ import numpy as np
 
 from mpiml import check, data
 from mpiml.alone import Alone
-from mpiml.data import Features, Labels, Number, read_csv, share
+from mpiml.data import Features, Labels, Number, TextFeatures, read_csv, share
 from mpiml.data.read_csv import MISSING
 from mpiml.nn import Module
 from mpiml.save.weights import fill, read_model, replacing
@@ -112,9 +113,9 @@ def _check_out(out, force, inputs, rank):
         return
     if not os.path.isdir(os.path.dirname(out) or "."):
         raise FileNotFoundError(f"cannot write {out}: there is no folder {os.path.dirname(out)}")
-    if os.path.isdir(out):
-        raise IsADirectoryError(f"cannot write {out}: it is a folder")
     if os.path.exists(out):
+        if not os.path.isfile(out):
+            raise ValueError(f"cannot write {out}: it is a {'folder' if os.path.isdir(out) else 'device'}, not a file")
         if any(os.path.exists(path) and os.path.samefile(out, path) for path in inputs):
             raise ValueError(f"{out} is what is read: write the predictions to another file")
         if not force:
@@ -134,7 +135,8 @@ class Images:
         return cls(getattr(data, settings["kind"]), tuple(settings["shape"]))
 
 
-INPUTS = {"table": Features, "pixels": Images, "colors": Images}
+INPUTS = {"table": Features, "text": TextFeatures} | {
+    kind: Images for kind in ("pixels", "colors") if hasattr(data, kind)}
 TARGETS = {"classes": Labels, "number": Number}
 READING = ("names", "header", "missing", "separator", "quotes", "errors")  # not "ragged": no row is left out
 
@@ -316,7 +318,7 @@ def _write(out, content, rank):
         sys.stdout.buffer.write(content)
         sys.stdout.buffer.flush()
         return
-    with replacing(out) as part, open(part, "xb") as file:
+    with replacing(os.path.realpath(out)) as part, open(part, "xb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())

@@ -149,7 +149,7 @@ STRANGE = {
         ["Linear", 3, "four"]],
     "cannot be made: ": [
         ["Linear"], ["Linear", 3], ["Linear", 3, 4, {"eval": 1}], ["Linear", 10**4000, 1], ["partial", 3], ["dict", 3],
-        ["Dropout", 2]],
+        ["Dropout", 2], ["Conv1d", HUGE, 8, ["tuple", 1]], ["Conv1d", HUGE, 8, ["list", 1]]],
     "weight cannot have the shape": [["Linear", 3, -4], ["Linear", 3, 4.0], ["LayerNorm", ["list", 2.5]]],
     # Arguments that a constructor would multiply, and a format that asks for a text of 10**15 letters.
     "the layers of mpiml.nn take numbers, tuples of numbers, layers and functions": [

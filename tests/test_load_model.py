@@ -129,6 +129,7 @@ def test_damaged_files(tmp_path):
     refused(tmp_path / "damaged", "is damaged, or another program has changed it: its SHA-256 is not the one that it was saved")
     with pytest.raises(FileNotFoundError):
         save.load_model(tmp_path / "nowhere")
+    refused(tmp_path, r"is a folder: if it is a checkpoint, it holds weights, but no .*, and load\(model, path\) takes them")
 
 
 @pytest.mark.parametrize("change, message", [

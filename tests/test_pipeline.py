@@ -36,7 +36,7 @@ from mpiml.optim import SGD, Adam, clip_norm
 from mpiml.parallel import Grid, Profile, RankError, Watch, evaluate, gradient, place, predict, profile
 from mpiml.parallel.place import partition
 from mpiml.parallel.watch import _clock
-from mpiml.save import load, save
+from mpiml.save import load, load_model, save
 from mpiml.schedule import (
     SCHEDULES,
     B,
@@ -659,9 +659,16 @@ def test_weights_are_collected_saved_and_loaded(pipe, tmp_path):
         for name, parameter in one.named().items():
             np.testing.assert_array_equal(weights[name], parameter.value)
         save(weights, f"{folder}/weights")
+        save(net, f"{folder}/model", {"note": 3}, weights)
+        if pipe > 1:
+            with pytest.raises(ValueError, match=r"other ranks hold .*: weights = model\.collect\(\) on all ranks together"):
+                save(net, f"{folder}/part")
     grid.comm.Barrier()
     other = load(place(conv_net(), grid, seed=6, schedule=zb_v), f"{folder}/weights")
     np.testing.assert_array_equal(other.vector, net.vector)
+    other, about = load_model(f"{folder}/model", place=functools.partial(place, grid=grid, schedule=zb_v))
+    np.testing.assert_array_equal(other.vector, net.vector)
+    assert about == {"note": 3} and other.bounds == net.bounds
 
 
 @pytest.mark.parametrize("pipe", PIPES)

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from launch import environment, mpirun
 
+from mpiml import data
 from mpiml.data import Features, Labels, Number, pixels, read_csv
 from mpiml.nn import Flatten, Linear, Sequential
 from mpiml.ops import relu
-from mpiml.predict import INPUTS, TARGETS, predict
+from mpiml.predict import INPUTS, Images, predict
 from mpiml.random import generator
 
 pytest.importorskip("safetensors")
@@ -131,6 +132,17 @@ def images(files):
     return model, x
 
 
+@pytest.mark.parametrize("kind", [kind for kind, encoder in INPUTS.items() if encoder is Images])
+def test_every_kind_of_images(kind, files):
+    prepare = getattr(data, kind)
+    x = generator(5, kind).integers(0, 256, (3, 3, 8, 8)).astype(np.uint8)
+    model = Sequential(Flatten(), Linear(192, 4)).init()
+    save(model, "model.safetensors", {"input": {"kind": kind, "shape": x.shape[1:]}})
+    np.save("x.npy", x)
+    predict("model.safetensors", "x.npy", "out.npy")
+    np.testing.assert_array_equal(np.load("out.npy"), model(prepare(x)))
+
+
 def test_images(images):
     model, x = images
     predict("digits.safetensors", "x.npy", "out.npy")
@@ -224,13 +236,15 @@ def test_files_that_are_not_there_or_in_the_way(files):
     refused("No such file or directory: 'none.csv'", "classes.safetensors", "none.csv", error=FileNotFoundError)
     refused("No such file or directory: 'none'", "none", "new.csv", error=FileNotFoundError)
     refused("cannot write no/out: there is no folder no", "classes.safetensors", "new.csv", "no/out", error=FileNotFoundError)
-    refused("it is a folder", "classes.safetensors", "new.csv", str(files), error=IsADirectoryError)
+    for path, what in (str(files), "folder"), ("/dev/null", "device"):
+        refused(f"it is a {what}, not a file", "classes.safetensors", "new.csv", path, force=True)
     (files / "out.csv").write_text("mine")
     refused("out.csv exists already: --force replaces it", "classes.safetensors", "new.csv", "out.csv", error=FileExistsError)
     for path in "new.csv", "./new.csv", "classes.safetensors":
         refused("is what is read: write the predictions to another file", "classes.safetensors", "new.csv", path, force=True)
-    predict("classes.safetensors", "new.csv", "out.csv", force=True)
-    assert len(rows_of("out.csv")) == 4
+    (files / "link").symlink_to("out.csv")
+    predict("classes.safetensors", "new.csv", "link", force=True)
+    assert len(rows_of("out.csv")) == 4 and (files / "link").is_symlink()
     refused("a pipeline of 2 stages takes 2 ranks: mpirun -n 2", "classes.safetensors", "new.csv", pipe=2)
 
 
@@ -286,7 +300,3 @@ def test_many_ranks_say_it_once(files):
     run = command(files / "classes.safetensors", files / "new.csv", "--pipe", "2", ranks=3)
     assert run.code == 1 and run.err.startswith("mpiml: a grid of pipe=2 needs a multiple of 2 processes") and not run.left
     assert not (files / "out.csv").exists()
-
-
-def test_every_kind_of_encoder_is_known():
-    assert {kind: INPUTS[kind] for kind in ("table", "pixels")} and set(TARGETS) == {"classes", "number"}

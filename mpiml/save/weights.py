@@ -141,6 +141,9 @@ def load_model(path, layers=None, place=Module.init):
 def read_model(path, layers=None):
     """(model, arrays, about): :func:`load_model` up to where the model is given memory, for :func:`fill`."""
     path = os.fspath(path)
+    if os.path.isdir(path):
+        raise ValueError(f"{path} is a folder: if it is a checkpoint, it holds weights, but no description of their model, and "
+                         f"load(model, path) takes them")
     with open(path, "rb") as file:
         content = file.read()
     arrays, text = read(content, path), text_of(content, path)
