@@ -9,6 +9,7 @@ mpiml.optim          SGD, Adam, AdamW, LARS, LAMB and learning-rate schedules on
 mpiml.data           readers and batches
 mpiml.save           weights and checkpoints in safetensors files
 mpiml.schedule       pipeline schedules: lists, simulated and drawn
+mpiml.report         python -m mpiml report: how a run goes or went, as a page
 mpiml.check          python -m mpiml check: what is wrong with this machine or this job
 mpiml.parallel       Grid, place, gradient, predict: the only part that starts MPI
 ===================  ==================================================================

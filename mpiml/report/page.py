@@ -32,7 +32,7 @@ dl.numbers dd small { font-size: 0.8rem; }
 .legend span { overflow-wrap: anywhere; }
 i { display: inline-block; width: 1.1em; height: 0.75em; margin-right: 0.4em; border-radius: 2px;
             print-color-adjust: exact; -webkit-print-color-adjust: exact; }
-i.line { height: 0; border-top: 3px solid; border-radius: 0; vertical-align: middle; }
+i.line { width: 1.9em; height: 0; border-top: 3px solid; border-radius: 0; vertical-align: middle; }
 i.dashed { border-top-style: dashed; }
 figure { margin: 0.6rem 0; overflow-x: auto; break-inside: avoid; }
 figure svg { display: block; width: 100%; height: auto; }
@@ -110,7 +110,7 @@ def _state(run):
     parts = [f"{found[name]} {name}" for name in ("ranks", "samples", "parameters") if name in found]
     if "batch" in found:
         parts.append(f"batches of {found['batch']}")
-    return f'<p>{escape(", ".join(parts))}</p><p class="soft">{escape(_sentence(found["state"]))}</p>'
+    return f'<p>{escape(", ".join(parts))}</p><p>{escape(_sentence(found["state"]))}</p>'
 
 
 def _numbers(run):

@@ -63,7 +63,7 @@ def svg(drawn, name):
 def smooth(values, width):
     """Means over ``width`` neighbours, fewer where there are fewer; those that are not finite are left out.
 
-    At the beginning, where a loss falls steeply, it takes as many before as behind: the first mean is the first value.
+    At the beginning, where a loss falls steeply, it takes hardly more behind than there are before.
 
     >>> smooth(np.array([4.0, 1.0, np.nan, 5.0]), 3)
     array([4. , 2.5, 3. , 5. ])
@@ -73,7 +73,7 @@ def smooth(values, width):
     counts = np.concatenate([[0], np.cumsum(finite)])
     at = np.arange(len(values))
     first = np.maximum(at - width // 2, 0)
-    last = np.minimum(at + np.minimum(width // 2, at) + 1, len(values))
+    last = np.minimum(at + np.clip(at, width // 16, width // 2) + 1, len(values))
     with np.errstate(invalid="ignore"):
         return (sums[last] - sums[first]) / (counts[last] - counts[first])
 
