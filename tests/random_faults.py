@@ -124,7 +124,8 @@ def disturb(kind, rng, folder, python=sys.executable):
     with small_disk(folder) as mounted:
         if not mounted and kind in ("full", "crowded"):
             return None
-        run = mpirun(ranks, SCRIPT, f"{folder}/run", str(STEPS), *options, python=python, env=environment(**watchdog), timeout=60)
+        run = mpirun(ranks, SCRIPT, f"{folder}/run", str(STEPS), *options, python=python, timeout=60,
+                     env=environment(**watchdog))
         said = f"{job}\n{run.out}{run.err}"
         begun = re.search(r"FAULT (\S+)", run.err)
         ended = f"status {run.code}" + (f" {run.end - float(begun[1]):.1f} s later" if begun else "")

@@ -151,7 +151,7 @@ class Recorder:
         if mine.state != WAITING:
             return False
         # The first of those who wait speaks for all.
-        turn = 1.0 if any(note.state == WAITING for note in notes[:notes.index(mine)]) else 0.0
+        turn = 1.0 if any(note.state == WAITING and not note.stopped() for note in notes[:notes.index(mine)]) else 0.0
         late = [note for i, note in enumerate(notes) if mine.mask >> i & 1 and note is not mine]
         waited = now - mine.since - turn
         for note in late:
@@ -160,33 +160,32 @@ class Recorder:
                 how = "has left the program" if note.state == LEFT else "is gone: its process has vanished"
                 self._end(notes, f"rank {note.rank} {how}, but rank {mine.rank} waits for it in {mine.what}")
                 return True
-        circle = self._circle(notes, mine)
-        if circle and now - max(note.since for note in circle) - turn > _CIRCLE:
-            self._end(notes, f"the ranks wait for each other, for ever: {apart({note.rank: note.what for note in circle})[0]}")
+        needed = self._needed(notes, mine)
+        if now - max(note.since for note in needed) - turn > _CIRCLE and _circle(needed):
+            self._end(notes, f"the ranks wait for each other, for ever: {apart({note.rank: note.what for note in needed})[0]}")
             return True
-        busy = [note for note in late if note.state == RUNNING]
         if waited > self.limit:
-            self._end(notes, f"rank {mine.rank} has waited for {self._names(busy)} for {self.limit:g} s in {mine.what}; "
+            self._end(notes, f"rank {mine.rank} has waited for {self._busy(needed)} for {self.limit:g} s in {mine.what}; "
                              f"MPIML_WATCHDOG={self.warn:g},SECONDS allows more")
             return True
         if waited > self.warn and not turn and mine.number not in self._told:
             self._told.add(mine.number)
-            abort.say(f"mpiml: rank {mine.rank} waits for {self._names(busy)} in {mine.what}\n{self._table(notes)}")
-            self._show(busy)
+            abort.say(f"mpiml: rank {mine.rank} waits for {self._busy(needed)} in {mine.what}\n{self._table(notes)}")
+            self._show([note for note in needed if note.state == RUNNING])
         return False
 
-    def _circle(self, notes, mine):
-        """All ranks that this one waits for, and those that they wait for, ...: if none of them can go on; else []."""
+    def _needed(self, notes, mine):
+        """This rank, all on its node that it waits for, those that they wait for, and so on, in their order."""
         found, new = {mine}, {mine}
         while new:
             new = {note for other in new for i, note in enumerate(notes) if other.mask >> i & 1} - found
             found |= new
-        stuck = all(note.state in (WAITING, LEFT) and not note.others for note in found)
-        return sorted(found) if stuck and len({note.what for note in found}) > 1 else []
+        return sorted(found)
 
-    def _names(self, notes):
-        return (names([note.rank for note in notes]) if notes else "ranks of other nodes" if len(self._ranks) < self._comm.size
-                else "the others")
+    def _busy(self, needed):
+        """Names of those who let the others wait."""
+        busy = [note.rank for note in needed if note.state == RUNNING or note.stopped()]
+        return names(busy) if busy else "ranks of other nodes" if len(self._ranks) < self._comm.size else "the others"
 
     def _table(self, notes):
         now, lines = time.monotonic(), []
@@ -223,6 +222,10 @@ class _Note(NamedTuple):
     others: bool  # waits for ranks of other nodes too
     what: str
 
+    def stopped(self):
+        """Whether a signal has stopped the process: then it may have got what it waits for."""
+        return _process(self.pid) in ("T", "t")
+
 
 class Wait:
     """A context in which this process waits; see :meth:`Recorder.waiting`."""
@@ -238,6 +241,12 @@ class Wait:
 
     def __exit__(self, *_):
         self.recorder._write(RUNNING, self.what)
+
+
+def _circle(notes):
+    """Whether none of these ranks can go on, which are all that any of them waits for."""
+    return (len({note.what for note in notes}) > 1
+            and all(note.state in (WAITING, LEFT) and not note.others and not note.stopped() for note in notes))
 
 
 def apart(texts):
