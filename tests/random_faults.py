@@ -113,7 +113,8 @@ def disturb(kind, rng, folder, python=sys.executable):
     """
     ranks = int(rng.choice([2, 4]))
     pipe = int(rng.choice([pipe for pipe in (1, 2, 4) if ranks % pipe == 0]))
-    rank, at, fault = int(rng.integers(ranks)), int(rng.integers(-1, STEPS)), str(rng.choice(FAULTS[kind]))
+    at = int(rng.integers(STEPS)) if rng.random() < 0.8 else -1
+    rank, fault = int(rng.integers(ranks)), str(rng.choice(FAULTS[kind]))
     delay = rng.uniform(0, 0.2 if at < 0 else 0.01)
     passes = rng.uniform(0, LIMIT / 2) if kind in ("pause", "crowded") else None
     job = f"{ranks} ranks, {pipe} stages: {fault} on rank {rank}, {1000 * delay:.1f} ms after step {at}"
@@ -158,17 +159,16 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kind", choices=FAULTS)
     parser.add_argument("--times", type=int, default=20)
-    parser.add_argument("--seed", type=int, default=int.from_bytes(os.urandom(4), "little"))
+    parser.add_argument("--seed", type=int, default=int.from_bytes(os.urandom(3), "little"), help="of the first")
     parser.add_argument("--python", default=sys.executable, help="of the environment whose MPI is to be used")
     args = parser.parse_args()
-    print("seed", args.seed)
     failures = 0
-    for number in range(args.times):
+    for seed in range(args.seed, args.seed + args.times):
         with tempfile.TemporaryDirectory() as folder:
             try:
-                print(number, disturb(args.kind, np.random.default_rng([args.seed, number]), f"{folder}/disk", args.python),
-                      flush=True)
+                said = disturb(args.kind, np.random.default_rng(seed), f"{folder}/disk", args.python)
             except AssertionError as error:
                 failures += 1
-                print(number, "FAILED", error, flush=True)
+                said = f"FAILED {error}"
+        print(f"seed {seed}: {said}", flush=True)
     sys.exit(f"{failures} of {args.times} failed" if failures else 0)

@@ -26,10 +26,12 @@ ALLOWED = {
     "save": ({"data", "nn", "restart", "save"}, {"numpy", "safetensors"}),
     "schedule": ({"schedule"}, {"matplotlib", "numpy"}),
     "restart.py": (set(), set()),
-    "check.py": ({"__version__", "cores", "data", "kernels", "memory"}, {"llvmlite", "numba", "numpy", "threadpoolctl"}),
-    "__main__.py": ({"check", "cores", "kernels", "parallel", "restart", "schedule"}, set()),
-    "parallel": ({"__version__", "check", "cores", "data", "kernels", "lanes", "nn", "parallel", "restart", "schedule",
-                  "tensor"},
+    "patience.py": (set(), set()),
+    "check.py": ({"__version__", "cores", "data", "kernels", "memory", "patience"},
+                 {"llvmlite", "numba", "numpy", "threadpoolctl"}),
+    "__main__.py": ({"check", "cores", "kernels", "parallel", "patience", "restart", "schedule"}, set()),
+    "parallel": ({"__version__", "check", "cores", "data", "kernels", "lanes", "nn", "parallel", "patience", "restart",
+                  "schedule", "tensor"},
                  {"llvmlite", "mpi4py", "numba", "numpy", "tqdm"}),
 }
 FILES = sorted(PACKAGE.rglob("*.py"))

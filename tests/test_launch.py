@@ -125,6 +125,16 @@ def test_the_watchdog_tells_who_is_late_and_ends_the_job(fault):
     assert not run.left
 
 
+def test_a_rank_that_fails_before_it_starts_mpi():
+    run = mpirun(1, "-c", "import mpiml.parallel", ":", "-n", "1", sys.executable, "-c", "raise ImportError('on this node')",
+                 timeout=60, env=environment(MPIML_WATCHDOG="1,2"))
+    assert run.code != 0 and "ImportError: on this node" in run.err
+    # Open MPI's launcher ends a job at once if a rank fails before it starts MPI.
+    assert re.search("rank 0 has waited for all ranks to start MPI for 1 s; one failed .*\n(.*\n)*.* for 2 s and ends the job",
+                     run.err) or "prterun detected" in run.err, run.err
+    assert not run.left
+
+
 def test_a_watchdog_of_ones_own():
     run = mpirun(2, "tests/faults.py", "late", env=environment(MPIML_WATCHDOG="soon"))
     assert run.code != 0 and "MPIML_WATCHDOG is WARN,ABORT, two times in seconds such as 60,900, or off; not 'soon'" in run.err

@@ -24,6 +24,8 @@ from typing import NamedTuple
 import numpy as np
 from mpi4py import MPI
 
+from mpiml.patience import watchdog
+
 from . import abort, shared
 from .error import names
 
@@ -54,7 +56,7 @@ class Recorder:
         self._number, self._state, self._note = 0, RUNNING, ""
         self._pid = os.getpid()
         self._told = set()
-        self.warn, self.limit = _times(os.environ.get("MPIML_WATCHDOG", ""))
+        self.warn, self.limit = watchdog()
         self.on = self.warn is not None
 
     def start(self, comm):
@@ -257,18 +259,6 @@ def apart(texts):
     odd = min(groups.values(), key=len)
     parts = (f"{names(ranks)} in {text}" for text, ranks in sorted(groups.items(), key=lambda item: len(item[1])))
     return f"{', but '.join(parts)}. All ranks must do the same, in the same order, as often", odd
-
-
-def _times(text):
-    if text == "off":
-        return None, None
-    try:
-        warn, limit = (float(part) for part in (text or "60,900").split(","))
-        if not 0 < warn <= limit:
-            raise ValueError
-    except ValueError:
-        raise ValueError(f"MPIML_WATCHDOG is WARN,ABORT, two times in seconds such as 60,900, or off; not {text!r}") from None
-    return warn, limit
 
 
 def _process(pid):
