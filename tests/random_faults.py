@@ -29,6 +29,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from pathlib import Path
 
 import numpy as np
@@ -167,8 +168,8 @@ if __name__ == "__main__":
         with tempfile.TemporaryDirectory() as folder:
             try:
                 said = disturb(args.kind, np.random.default_rng(seed), f"{folder}/disk", args.python)
-            except AssertionError as error:
+            except AssertionError:
                 failures += 1
-                said = f"FAILED {error}"
+                said = f"FAILED {traceback.format_exc()}"
         print(f"seed {seed}: {said}", flush=True)
     sys.exit(f"{failures} of {args.times} failed" if failures else 0)
