@@ -66,6 +66,12 @@ def die_at(place, steps, optimizer):
     setattr(owner, name, call)
 
 
+def segments():
+    """The shared memory of this process that MPICH and mpiml could leave behind; Open MPI's is swept by its own daemon."""
+    with open("/proc/self/maps") as maps:
+        return {line.split()[5] for line in maps if "/dev/shm/mpi" in line}
+
+
 class Fault:
     """Something that happens to this process at a random moment.
 
@@ -96,7 +102,7 @@ class Fault:
             self.timer.start()
 
     def happen(self):
-        sys.stderr.write(f"FAULT {time.time()}\n")
+        sys.stderr.write(f"SEGMENTS {' '.join(segments())}\nFAULT {time.time()}\n")
         sys.stderr.flush()
         if self.kind == "raise":
             signal.raise_signal(signal.SIGALRM)  # whose handler runs in the main thread, wherever that is

@@ -26,6 +26,7 @@ _TURN, _COURTESY = 1.2, 2.5  # seconds
 
 farewells_of_survivors = []  # a barrier of the ranks that are left, if any were lost
 farewells = []  # functions of a line of text, to be called before the job is ended
+partings = []  # functions, to be called when this rank has come to the end of its program
 
 
 def _drain(stream):
@@ -44,8 +45,11 @@ def _drain(stream):
     time.sleep(0.2)  # from the launcher's agent on this node to the user
 
 
-def _forget_segments():
-    """Take the names off MPICH's shared memory on this node, which would stay behind when the job is aborted."""
+def forget_segments():
+    """Take the names off MPICH's shared memory on this node, which would stay behind however the job is ended.
+
+    Nobody needs them any more when all ranks of the node have started MPI.
+    """
     try:
         with open("/proc/self/maps") as file:
             names = {line.split()[-1] for line in file if "/dev/shm/mpich_shm_" in line}  # noqa: S108
@@ -89,7 +93,7 @@ def end(text, code, summary=None):
         say(f"\nmpiml: {where} failed and ends the job\n{text}")
         for farewell in farewells:
             farewell(summary or text.strip().splitlines()[-1])
-        _forget_segments()
+        forget_segments()
     finally:
         comm.Abort(code)
 
@@ -126,6 +130,8 @@ def install(comm):
             end(f"sys.exit({code!r})\n", code if isinstance(code, int) else 1)
         if first or farewells_of_survivors:
             restart.mark("finished")
+        for part in partings:
+            part()
         for leave_together in farewells_of_survivors:
             leave_together()
             # Open MPI 5.0 often hangs in MPI_Finalize for ever when it has lost two ranks or more.

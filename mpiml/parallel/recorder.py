@@ -10,7 +10,6 @@ set), and ``MPIML_WATCHDOG=off`` switches the recorder off.
 The notes of ranks on other nodes cannot be read. Each node's watchdog tells of its own.
 """
 
-import atexit
 import contextlib
 import faulthandler
 import os
@@ -66,11 +65,12 @@ class Recorder:
         self._comm = comm
         abort.farewells.append(self.failed)
         threading.Thread(target=self._watch, name="mpiml watchdog", daemon=True).start()
-        atexit.register(self._leave)
+        abort.partings.append(self._leave)
         with self.waiting("making the first Grid", range(comm.size)):
             node = comm.Split_type(MPI.COMM_TYPE_SHARED)
             ranks = np.empty(node.size, np.int64)
             node.Allgather(np.array([comm.rank], np.int64), ranks)
+            abort.forget_segments()
             memory = shared.allocate(node, node.size * _ROOM) if 1 < node.size <= _ROOM else None
             if memory is not None:
                 self._memory, self._at, self._ranks = memoryview(memory), node.rank * _ROOM, ranks.tolist()
@@ -114,8 +114,11 @@ class Recorder:
                         what.encode(errors="replace"))
 
     def _leave(self):
+        """Wait for the other ranks of the node: in MPI_Finalize, which waits for all, nobody could look at them any more."""
         if self._state != FAILED:
             self._write(LEFT, self._note)
+            while any(note.state != LEFT and _process(note.pid) is not None for note in self._notes()):
+                time.sleep(0.005)
 
     def failed(self, what):
         """Tell the other ranks of the node what ends the job here, and give them a moment to say where they were."""
@@ -134,7 +137,7 @@ class Recorder:
         return notes
 
     def _watch(self):
-        while self._state not in (LEFT, FAILED):
+        while self._state != FAILED:
             time.sleep(_LOOK)
             with contextlib.suppress(ValueError):  # the memory is going away: so is the process
                 if self._look():
@@ -146,14 +149,20 @@ class Recorder:
         mine = notes[self._at // _ROOM] if len(notes) > 1 else notes[0]
         culprit = next((note for note in notes if note.state == FAILED and note is not mine), None)
         if culprit:
-            doing = "waiting in" if mine.state == WAITING else "busy after"
+            doing = {RUNNING: "busy after", WAITING: "waiting in", LEFT: "at the end of the program, after"}[mine.state]
             abort.say(f"mpiml: rank {self._comm.rank} was {doing} {mine.what or 'nothing of mpiml yet'} when rank "
                       f"{culprit.rank} failed: {culprit.what}\n")
             return True
-        if mine.state != WAITING:
+        if mine.state == RUNNING:
             return False
         # The first of those who wait speaks for all.
-        turn = 1.0 if any(note.state == WAITING and not note.stopped() for note in notes[:notes.index(mine)]) else 0.0
+        turn = 1.0 if any(note.state == mine.state and not note.stopped() for note in notes[:notes.index(mine)]) else 0.0
+        if mine.state == LEFT:  # others may still have something to do, unless they cannot
+            stopped = [note.rank for note in notes if note.state != LEFT and note.stopped()]
+            if stopped and now - mine.since - turn > self.limit:
+                self._end(notes, f"rank {mine.rank} has waited for {names(stopped)} for {self.limit:g} s at the end of the "
+                                 f"program; MPIML_WATCHDOG={self.warn:g},SECONDS allows more")
+            return all(note.state == LEFT for note in notes)
         late = [note for i, note in enumerate(notes) if mine.mask >> i & 1 and note is not mine]
         waited = now - mine.since - turn
         for note in late:
