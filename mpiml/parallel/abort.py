@@ -8,6 +8,7 @@ other than 0.
 import atexit
 import builtins
 import contextlib
+import faulthandler
 import fcntl
 import os
 import sys
@@ -23,6 +24,7 @@ from mpiml import restart
 # Of several ranks with an error only the first needs to speak: it ends the job before the others' turn. Those who
 # did not cause an error that all found together wait longer.
 _TURN, _COURTESY = 1.2, 2.5  # seconds
+_LAST = 20  # seconds that the words at the end, and MPI, may take
 
 farewells_of_survivors = []  # a barrier of the ranks that are left, if any were lost
 farewells = []  # functions of a line of text, to be called before the job is ended
@@ -88,6 +90,7 @@ def say(text):
 def end(text, code, summary=None):
     """Print what happened here, and abort the job; the summary is by default the last line."""
     comm = MPI.COMM_WORLD
+    faulthandler.dump_traceback_later(_LAST, exit=True, file=2)  # whatever happens
     try:
         where = f"rank {comm.rank} of {comm.size} on {MPI.Get_processor_name()}"
         say(f"\nmpiml: {where} failed and ends the job\n{text}")
