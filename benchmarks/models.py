@@ -11,13 +11,13 @@ timed in turn; PyTorch in the faster of its layouts of images. Figures are media
 """
 
 import argparse
+
 # isort: off
 from timing import against, alternate, versions  # first: it sets the number of threads
 # isort: on
 import numpy as np
 import torch
 import torch.nn.functional as F
-
 from twins import OURS, THEIRS, gpt, lenet, resnet, weights
 
 from mpiml import ops, optim

@@ -5,7 +5,7 @@ import functools
 import sys
 
 from mpiml import check as findings
-from mpiml import cores, restart
+from mpiml import cores, patience, restart
 from mpiml import report as reports
 from mpiml.kernels.warmup import warm_up
 from mpiml.schedule import SCHEDULES, picture, simulate, text
@@ -36,7 +36,7 @@ def warmup(args):
 
 def check(args):
     """Find what is wrong with this machine or, under mpirun or srun, with this job, and say how to mend it."""
-    speaks = findings.launched_rank() == 0
+    speaks = not patience.launched_rank()
     found = findings.process() + (findings.machine() if cores.rank_on_node() == 0 else [])
     if speaks:
         print(findings.title())

@@ -22,7 +22,7 @@ import llvmlite.binding
 import numba
 import numpy as np
 
-from mpiml import __version__, cores, memory
+from mpiml import __version__, cores, memory, patience
 from mpiml.data.download import cache_folder
 from mpiml.data.mnist import FILES
 from mpiml.kernels import jit, registers
@@ -51,7 +51,6 @@ COSTS = {  # variables that are seldom wanted, and what they cost
     "MPIML_MAY_DIFFER": "ranks may differ in what it names",
 }
 _FAMILIES = {"Open MPI": r"Open ?MPI|OpenRTE|PRTE|Spectrum MPI", "MPICH": r"MPICH|HYDRA|Intel\(R\) MPI|MVAPICH"}
-_RANK = ("PMI_RANK", "OMPI_COMM_WORLD_RANK", "PMIX_RANK", "MV2_COMM_WORLD_RANK", "SLURM_PROCID")
 _SMALL_SHARED = 256e6  # bytes; containers often have 64 MB
 
 
@@ -114,16 +113,6 @@ def verdict(findings):
     counts = [(sum(finding.mark == mark for finding in findings), mark) for mark in ("problem", "warning")]
     said = ", ".join(f"{count} {mark}{'s' * (count > 1)}" for count, mark in counts if count)
     return f"{said}: see the lines with an arrow" if said else "all is well"
-
-
-def launched_rank():
-    """This process' number, as its launcher says (0 without a launcher)."""
-    return next((int(os.environ[name]) for name in _RANK if os.environ.get(name, "").isdigit()), 0)
-
-
-def launched():
-    """Whether a launcher of MPI jobs has started this process."""
-    return any(name in os.environ for name in _RANK)
 
 
 # --- What every process sees for itself ----------------------------------------------------------------------------
@@ -257,34 +246,15 @@ def too_late(what, seconds):
                    "NAME for MPICH, mpirun --mca btl_tcp_if_include NAME for Open MPI)")
 
 
-_WATCHER = """
-import os, sys, time
-parent, seconds, text = sys.argv[1:]
-end = time.monotonic() + float(seconds)
-while time.monotonic() < end:
-    time.sleep(0.1)
-    if os.getppid() != int(parent):
-        sys.exit()
-print(text, flush=True)
-time.sleep(0.5)
-os.kill(int(parent), 9)
-"""
-
-
 @contextmanager
 def limited_start(speaks):
-    """End a job that does not start: MPI waits for all ranks in this block, and lets no thread of this process run."""
-    if not launched():
+    """End a job that does not start."""
+    if patience.launched_rank() is None:
         yield
         return
-    seconds = PATIENCE + 2 * (not speaks)  # whose report it is has the first word
-    said = written(too_late("the start of MPI on all ranks", PATIENCE))
-    watcher = subprocess.Popen([sys.executable, "-I", "-S", "-c", _WATCHER, str(os.getpid()), str(seconds), said])  # noqa: S603
-    try:
+    late = PATIENCE + 2 * (not speaks)  # whose report it is has the first word
+    with patience.limited((late, written(too_late("the start of MPI on all ranks", PATIENCE)) + "\n")):
         yield
-    finally:
-        watcher.kill()
-        watcher.wait()
 
 
 def _family(version):

@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mpiml import check, data
+from mpiml import data, patience
 from mpiml.alone import Alone
 from mpiml.data import Features, Labels, Number, TextFeatures, read_csv, share
 from mpiml.data.read_csv import MISSING
@@ -62,7 +62,7 @@ def predict(path, source, out=None, only=False, force=False, pipe=1):
         With many ranks, rank 0 says so, and all leave the program.
     """
     work = functools.partial(_predict, path, source, out, only, force)
-    if not check.launched():
+    if patience.launched_rank() is None:
         if pipe > 1:
             raise ValueError(f"a pipeline of {pipe} stages takes {pipe} ranks: mpirun -n {pipe} python -m mpiml predict ...")
         try:

@@ -3,8 +3,11 @@
 Importing it starts MPI, and from then on an exception on one rank ends the whole job.
 """
 
+from mpiml.patience import limited_start
+
 try:
-    from mpi4py import MPI
+    with limited_start():
+        from mpi4py import MPI
 except (ImportError, RuntimeError) as error:  # mpi4py missing; mpi4py there, but no MPI library
     raise ImportError("mpiml.parallel needs mpi4py and an MPI library: pip install 'mpiml[mpi]' brings MPICH with its "
                       "mpirun; on a cluster, load its MPI module first and pip install mpi4py. (The rest of mpiml runs "

@@ -8,6 +8,7 @@ other than 0.
 import atexit
 import builtins
 import contextlib
+import faulthandler
 import fcntl
 import os
 import sys
@@ -23,9 +24,11 @@ from mpiml import restart
 # Of several ranks with an error only the first needs to speak: it ends the job before the others' turn. Those who
 # did not cause an error that all found together wait longer.
 _TURN, _COURTESY = 1.2, 2.5  # seconds
+_LAST = 20  # seconds that the words at the end, and MPI, may take
 
 farewells_of_survivors = []  # a barrier of the ranks that are left, if any were lost
 farewells = []  # functions of a line of text, to be called before the job is ended
+partings = []  # functions, to be called when this rank has come to the end of its program
 
 
 def _drain(stream):
@@ -44,8 +47,11 @@ def _drain(stream):
     time.sleep(0.2)  # from the launcher's agent on this node to the user
 
 
-def _forget_segments():
-    """Take the names off MPICH's shared memory on this node, which would stay behind when the job is aborted."""
+def forget_segments():
+    """Take the names off MPICH's shared memory on this node, which would stay behind however the job is ended.
+
+    Nobody needs them any more when all ranks of the node have started MPI.
+    """
     try:
         with open("/proc/self/maps") as file:
             names = {line.split()[-1] for line in file if "/dev/shm/mpich_shm_" in line}  # noqa: S108
@@ -84,12 +90,13 @@ def say(text):
 def end(text, code, summary=None):
     """Print what happened here, and abort the job; the summary is by default the last line."""
     comm = MPI.COMM_WORLD
+    faulthandler.dump_traceback_later(_LAST, exit=True, file=2)  # whatever happens
     try:
         where = f"rank {comm.rank} of {comm.size} on {MPI.Get_processor_name()}"
         say(f"\nmpiml: {where} failed and ends the job\n{text}")
         for farewell in farewells:
             farewell(summary or text.strip().splitlines()[-1])
-        _forget_segments()
+        forget_segments()
     finally:
         comm.Abort(code)
 
@@ -133,6 +140,8 @@ def install(comm):
             end(f"sys.exit({code!r})\n", code if isinstance(code, int) else 1)
         if first or farewells_of_survivors:
             restart.mark("finished")
+        for part in partings:
+            part()
         for leave_together in farewells_of_survivors:
             leave_together()
             # Open MPI 5.0 often hangs in MPI_Finalize for ever when it has lost two ranks or more.
