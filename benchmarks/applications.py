@@ -21,6 +21,8 @@ from typing import NamedTuple
 # isort: off
 from timing import versions  # first: it sets the number of threads
 # isort: on
+import itertools
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -53,7 +55,7 @@ class Work(NamedTuple):
 
 def dense(*sizes):
     def build(of):
-        layers = [layer for given, made in zip(sizes, sizes[1:], strict=False) for layer in (of.Linear(given, made), of.relu)]
+        layers = [layer for given, made in itertools.pairwise(sizes) for layer in (of.Linear(given, made), of.relu)]
         return of.Sequential(*layers[:-1])
 
     return build

@@ -16,6 +16,6 @@ from .split import split
 from .table import Table
 from .text import TextFeatures, Vocabulary, read_text, windows
 
-__all__ = ["Features", "Labels", "Number", "Rows", "StandardScaler", "Table", "TextFeatures", "Vocabulary", "batches", "cifar10",
-           "clean", "colors", "crop_and_flip", "digits", "find", "mnist", "normalize", "pixels", "read_csv", "read_idx",
-           "read_text", "share", "split", "windows"]
+__all__ = ["Features", "Labels", "Number", "Rows", "StandardScaler", "Table", "TextFeatures", "Vocabulary", "batches",
+           "cifar10", "clean", "colors", "crop_and_flip", "digits", "find", "mnist", "normalize", "pixels", "read_csv",
+           "read_idx", "read_text", "share", "split", "windows"]

@@ -1,0 +1,80 @@
+"""What builds a model of layers: one after the other, side by side, around a shortcut."""
+
+import functools
+import inspect
+import itertools
+
+from mpiml import ops
+
+from .module import Module, run
+
+
+class Sequential(Module):
+    """Layers and plain functions, one after the other.
+
+    A slice, ``model[2:5]``, is a Sequential of the same layers under the same names. Where :func:`mpiml.ops.relu` follows a
+    layer whose ``__call__`` has an argument ``relu``, the layer is told to apply it, so that one kernel computes both.
+    """
+
+    def __init__(self, *layers, first=0):
+        self.layers = layers
+        self.first = first
+
+    def children(self):
+        for i, layer in enumerate(self.layers, self.first):
+            if isinstance(layer, Module):
+                yield str(i), layer
+
+    def __call__(self, x, training=False):
+        layers = iter(itertools.zip_longest(self.layers, self.layers[1:]))
+        for layer, following in layers:
+            if following is ops.relu and _takes_relu(type(layer)):  # the value between is nobody's
+                x = layer(x, training, relu=True)
+                next(layers)
+            else:
+                x = run(layer, x, training)
+        return x
+
+    def __len__(self):
+        return len(self.layers)
+
+    def __getitem__(self, index):
+        if not isinstance(index, slice):
+            return self.layers[index]
+        start, stop, step = index.indices(len(self))
+        if step != 1:
+            raise ValueError(f"a slice of a Sequential is a run of its layers, without a step of {step}")
+        return Sequential(*self.layers[start:stop], first=self.first + start)
+
+
+class Residual(Module):
+    """``shortcut(x) + body(x)`` (He et al. 2016); the shortcut is the identity unless given."""
+
+    def __init__(self, body, shortcut=ops.identity):
+        self.body = body
+        self.shortcut = shortcut
+
+    def __call__(self, x, training=False, relu=False):
+        shortcut, body = run(self.shortcut, x, training), run(self.body, x, training)
+        if relu and shortcut.shape == body.shape:
+            return ops.add_relu(shortcut, body)
+        return ops.relu(shortcut + body) if relu else shortcut + body
+
+
+class Concatenate(Module):
+    """The outputs of several branches of one input, joined along ``axis`` (channels by default).
+
+    A DenseNet layer (Huang et al. 2017) is ``Concatenate(identity, body)``.
+    """
+
+    def __init__(self, *branches, axis=1):
+        self.branches = branches
+        self.axis = axis
+
+    def __call__(self, x, training=False):
+        return ops.concatenate([run(branch, x, training) for branch in self.branches], self.axis)
+
+
+@functools.cache
+def _takes_relu(kind):
+    return "relu" in inspect.signature(kind.__call__).parameters
