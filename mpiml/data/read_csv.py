@@ -72,6 +72,7 @@ def _read(parser, names, header, missing, ragged, grid):
     if not firsts:
         raise ValueError(f"{path} is empty: no line has text in it")
     owner, (line, *fields) = firsts[0]
+    fields = [field.strip() for field in fields]
     names = _columns(f"{path}, line {line}", fields, names, header)
     if header and owner == grid.rank:
         del found[0]
@@ -105,7 +106,7 @@ def _table(parser, found, names, missing, ragged):
     notes.clear()  # the first record has been parsed before
     for line, row in parser(found):
         if len(row) == len(names):
-            rows.append(["" if field in missing else field for field in row])
+            rows.append(row)
             lines.append(line)
             continue
         problem = f"{parser.path}, line {line} has {len(row)} fields, but there are {len(names)} columns"
@@ -114,7 +115,20 @@ def _table(parser, found, names, missing, ragged):
                              f"read_csv(..., ragged=\"drop\")")
         notes.append(f"{problem}: dropped")
     columns = zip(*rows, strict=True) if rows else [()] * len(names)
+    columns = [np.array(list(map(Values(missing).__getitem__, column)), object) for column in columns]
     return Table(dict(zip(names, columns, strict=True)), np.array(lines, np.int64), parser.path, notes)
+
+
+class Values(dict):
+    """What the fields of a column stand for: stripped, and empty if missing; equal ones share their memory."""
+
+    def __init__(self, missing):
+        self.missing = missing
+
+    def __missing__(self, field):
+        text = field.strip()
+        self[field] = text = "" if text in self.missing else text
+        return text
 
 
 class Parser:
@@ -132,7 +146,7 @@ class Parser:
                 row = next(rows)  # one for each record, since a record ends where the reader takes it to end
             except csv.Error as error:
                 raise ValueError(f"{self.path}, line {line}: {error}") from error
-            yield line, [field.strip() for field in row]
+            yield line, row
 
     def text(self, line, record):
         where = f"{self.path}, line {line}"
