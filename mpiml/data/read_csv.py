@@ -58,6 +58,8 @@ def read_csv(path, names=None, *, header=None, missing=MISSING, separator=",", q
     for name, value, choices in ("ragged", ragged, ("error", "drop")), ("errors", errors, ("strict", "replace", "ignore")):
         if value not in choices:
             raise ValueError(f"{name} is {' or '.join(map(repr, choices))}, not {value!r}")
+    if len(separator) != 1 or separator in "\"\r\n":
+        raise ValueError(f"separator is one character, neither a quote nor a line end, not {separator!r}")
     parser = Parser(os.fspath(path), separator, quotes, errors)
     grid = grid or Alone()
     return grid.again(_read, parser, names, header, frozenset(missing), ragged, grid)
@@ -65,6 +67,7 @@ def read_csv(path, names=None, *, header=None, missing=MISSING, separator=",", q
 
 def _read(parser, names, header, missing, ragged, grid):
     path, reading = parser.path, f"reading {parser.path}"
+    parser.notes.clear()
     found = records(path, parser.quotes, grid)
     first = grid.together(reading, lambda: [[line, *row] for line, row in parser(found[:1])])
     # The first record of all is that of the first rank that has any.
@@ -76,9 +79,11 @@ def _read(parser, names, header, missing, ragged, grid):
     names = _columns(f"{path}, line {line}", fields, names, header)
     if header and owner == grid.rank:
         del found[0]
+    else:
+        parser.notes.clear()  # of the first record, which is parsed again
     table = grid.together(reading, _table, parser, found, names, missing, ragged)
     if not any(map(int, grid.texts(str(len(table))))):
-        raise ValueError(f"{path} has a header, but no rows")
+        raise ValueError(f"{path} has {'a header, but ' * header}no rows")
     return table
 
 
@@ -103,7 +108,6 @@ def _columns(where, fields, names, header):
 def _table(parser, found, names, missing, ragged):
     """The table of these records."""
     rows, lines, notes = [], [], parser.notes
-    notes.clear()  # the first record has been parsed before
     for line, row in parser(found):
         if len(row) == len(names):
             rows.append(row)
