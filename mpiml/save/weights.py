@@ -198,7 +198,7 @@ def misfits(wanted, known, found):
         Those that a file holds.
     """
     return ([f"{name} is missing" for name in wanted if name not in found]
-            + [f"{name} is not in the model" for name in found if name not in known]
+            + [f"{name} is not in the model" for name in sorted(found) if name not in known]
             + [f"{name} has shape {found[name]} instead of {shape}" for name, shape in wanted.items()
                if name in found and found[name] != shape])
 
