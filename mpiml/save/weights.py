@@ -146,7 +146,7 @@ def read_model(path, layers=None):
                          f"load(model, path) takes them")
     with open(path, "rb") as file:
         content = file.read()
-    arrays, text = read(content, path), text_of(content, path)
+    arrays, text = dict(sorted(read(content, path).items())), text_of(content, path)
     del content
     if text is None:
         raise ValueError(f"{path} holds weights, but no description of their model: load(model, path) takes them, and "
@@ -198,7 +198,7 @@ def misfits(wanted, known, found):
         Those that a file holds.
     """
     return ([f"{name} is missing" for name in wanted if name not in found]
-            + [f"{name} is not in the model" for name in sorted(found) if name not in known]
+            + [f"{name} is not in the model" for name in found if name not in known]
             + [f"{name} has shape {found[name]} instead of {shape}" for name, shape in wanted.items()
                if name in found and found[name] != shape])
 
