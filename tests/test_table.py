@@ -140,6 +140,8 @@ BAD = {
     "behind a quote": (b"a,b\n1,\"x\"y\n", {}, r"line 2: a quote is out of place"),
     "open quote": (b"a,b\n1,x\n2,\"y\n3,z\n", {}, r"line 3: a quote is out of place in '2,\"y\\n3,z'"),
     "long field": (b"a,b\n1," + 200_000 * b"x" + b"\n", {}, r"line 2: field larger than field limit"),
+    "no row left": (b"1,2\n", {"names": ["a"], "ragged": "drop"}, r"line 1 has 2 fields, but there are names for 1 columns"),
+    "separator": (b"a||b\n1||2\n", {"separator": "||"}, r"separator is one character, .*, not '\|\|'"),
     "ragged": (b"a\n1\n", {"ragged": "keep"}, r"ragged is 'error' or 'drop', not 'keep'"),
     "errors": (b"a\n1\n", {"errors": "surrogateescape"}, r"errors is 'strict' or 'replace' or 'ignore'"),
 }
@@ -176,6 +178,14 @@ def test_bytes_that_are_no_text_are_repaired_and_told(errors, text, fate, file):
     table = same_on_ranks(path, errors=errors)
     assert content(table) == [(2, "1", "x"), (3, "2", text)]
     assert table.notes == (f"{path}, line 3: the byte 0xe9 is not UTF-8: {fate}",)
+
+
+def test_a_repaired_header_is_told_once(file):
+    path = file(b"a,caf\xe9\n1,x\n2,y\n")
+    table = same_on_ranks(path, errors="replace")
+    assert table.names == ("a", "caf\ufffd") and table.notes == (f"{path}, line 1: the byte 0xe9 is not UTF-8: replaced",)
+    table = same_on_ranks(path, errors="replace", names=["a", "b"])
+    assert len(table) == 3 and table.notes == (f"{path}, line 1: the byte 0xe9 is not UTF-8: replaced",)
 
 
 def test_ranks_that_read_different_files(tmp_path):
