@@ -6,6 +6,7 @@ import sys
 
 from mpiml import check as findings
 from mpiml import cores, restart
+from mpiml import report as reports
 from mpiml.kernels.warmup import warm_up
 from mpiml.schedule import SCHEDULES, picture, simulate, text
 
@@ -59,8 +60,20 @@ def _job(found, speaks):
 
 
 def run(args):
-    """Run a job, such as mpirun -n 8 python train.py --checkpoint run --resume, and start it again if it fails."""
+    """Run a job, such as mpirun -n 8 python train.py --run FOLDER --resume, and start it again if it fails."""
     sys.exit(restart.run(args.job, args.restarts, args.fewer))
+
+
+def report(args):
+    """Show how a run of fit(..., run=FOLDER) goes or went, as a page for a browser or, with --text, here; or compare some."""
+    runs = [reports.read(folder) for folder in args.folders]
+    if args.text:
+        print(reports.text(runs))
+        return
+    page = reports.page(runs)
+    with open(args.out, "w", encoding="utf-8", errors="xmlcharrefreplace") as file:
+        file.write(page)
+    print(f"open {args.out} in a browser")
 
 
 def whole(text):
@@ -101,6 +114,11 @@ def main():
     command.add_argument("--fewer", type=whole, default=0, metavar="N", help="so many ranks less (-n) at each restart")
     command.add_argument("job", nargs=argparse.REMAINDER, metavar="COMMAND ...", help="the launcher's command")
     command.set_defaults(run=run)
+    command = commands.add_parser("report", help=report.__doc__, description=report.__doc__)
+    command.add_argument("folders", nargs="+", metavar="RUN", help="the folder of a run")
+    command.add_argument("--out", default="report.html", metavar="FILE", help="where the page goes (default %(default)s)")
+    command.add_argument("--text", action="store_true", help="the essentials, here, and no page")
+    command.set_defaults(run=report)
     args = parser.parse_args()
     if args.run is run and not args.job:
         parser.error("run needs the command of a job")

@@ -1,4 +1,4 @@
-"""The programs in the README run as they stand there."""
+"""The programs in the README and in docs/ run as they stand there."""
 
 import os
 import re
@@ -8,10 +8,17 @@ import sys
 import pytest
 from launch import ROOT, environment, mpirun
 
-BLOCKS = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 OFFLINE = {"HTTPS_PROXY": "http://127.0.0.1:9"}
 
 pytestmark = pytest.mark.launch
+
+
+def programs(page):
+    return re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(), re.M | re.S)
+
+
+README = programs("README.md")
 
 
 def blocked(module):
@@ -19,7 +26,7 @@ def blocked(module):
 
 
 def test_the_serial_program_runs_without_mpi4py(tmp_path):
-    run = subprocess.run([sys.executable, "-c", blocked("mpi4py") + BLOCKS[0]], cwd=tmp_path, capture_output=True,
+    run = subprocess.run([sys.executable, "-c", blocked("mpi4py") + README[0]], cwd=tmp_path, capture_output=True,
                          text=True, timeout=120, env=environment(XDG_CACHE_HOME=str(tmp_path), **OFFLINE))
     assert run.returncode == 0, run.stderr
     assert float(run.stdout.removeprefix("accuracy")) > 0.88
@@ -28,15 +35,25 @@ def test_the_serial_program_runs_without_mpi4py(tmp_path):
 @pytest.mark.parametrize("ranks", [1, 3])
 def test_the_parallel_program(ranks, tmp_path):
     path = tmp_path / "program.py"
-    path.write_text(BLOCKS[1])
+    path.write_text(README[1])
     run = mpirun(ranks, str(path), env=environment(XDG_CACHE_HOME=str(tmp_path), **OFFLINE))
     assert run.code == 0, run.err
     assert float(re.fullmatch(r"\{'accuracy': (\S+)\}\n", run.out)[1]) > 0.88
 
 
+def test_the_program_with_fit(tmp_path):
+    path = tmp_path / "program.py"
+    path.write_text(README[2].replace('"run"', repr(str(tmp_path / "run"))))
+    run = mpirun(2, str(path), env=environment(XDG_CACHE_HOME=str(tmp_path), **OFFLINE))
+    assert run.code == 0, run.err
+    first, *_, last = run.out.splitlines()
+    assert first.startswith("epoch 1: loss ") and float(last) > 0.85
+    assert {"best.safetensors", "latest", "log.jsonl", "timeline.json"} <= set(os.listdir(tmp_path / "run"))
+
+
 def test_the_hybrid_program(tmp_path):
     path = tmp_path / "program.py"
-    path.write_text(BLOCKS[2])
+    path.write_text(programs("docs/pipelines.md")[0])
     run = mpirun(4, str(path), env=environment(XDG_CACHE_HOME=str(tmp_path), **OFFLINE))
     assert run.code == 0, run.err
     assert float(re.match(r"\{'accuracy': (\S+)\}\n", run.out)[1]) > 0.85
@@ -44,24 +61,26 @@ def test_the_hybrid_program(tmp_path):
 
 
 def test_the_schedule_of_ones_own():
-    run = subprocess.run([sys.executable, "-c", blocked("mpi4py") + BLOCKS[3]], capture_output=True, text=True, timeout=60)
+    program = programs("docs/pipelines.md")[1]
+    run = subprocess.run([sys.executable, "-c", blocked("mpi4py") + program], capture_output=True, text=True, timeout=60)
     *drawn, numbers = run.stdout.splitlines()
     assert len(drawn) == 4 and drawn[0].startswith("stage 0 |F0 F1")
     assert float(numbers.split()[0]) == pytest.approx(3 / 11) and "[8, 8, 8, 8]" in numbers, run.stderr
 
 
 def test_the_drawn_timelines():
-    blocks = re.findall(r"^\$ python (-m mpiml draw .*)\n((?:.+\n)+)", (ROOT / "README.md").read_text(), re.M)
-    assert len(blocks) == 2
-    for command, drawn in blocks:
+    drawing = re.compile(r"^\$ python (-m mpiml draw .*)\n((?:[^`\n]+\n)+)", re.M)
+    drawings = {match for page in PAGES for match in drawing.findall(page.read_text())}
+    assert len(drawings) == 2
+    for command, drawn in drawings:
         words = command.split(" --out")[0].split()
         run = subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=60)
-        assert run.stdout == drawn.removesuffix("```\n")
+        assert run.stdout == drawn
 
 
 def test_the_program_with_checkpoints(tmp_path):
     path, folder = tmp_path / "program.py", tmp_path / "run"
-    program = BLOCKS[4].replace('"run"', repr(str(folder)))
+    program = programs("docs/checkpoints.md")[0].replace('"run"', repr(str(folder)))
     for ranks, text in (2, program.replace("length, 5)", "length, 1)")), (3, program):
         path.write_text(text)
         run = mpirun(ranks, str(path), env=environment(XDG_CACHE_HOME=str(tmp_path), **OFFLINE))
@@ -70,8 +89,18 @@ def test_the_program_with_checkpoints(tmp_path):
     assert len(steps) == 2 and steps[1] == 5 * steps[0] and f"step_{steps[1]}\n" == (folder / "latest").read_text()
 
 
-@pytest.mark.parametrize("block, printed", [(5, "[1.         0.54030231]\n"), (6, "[2. 2. 2.]\n"), (7, "[[1. 0.]]\n")])
+@pytest.mark.parametrize("block, printed", [(-3, "[1.         0.54030231]\n"), (-2, "[2. 2. 2.]\n"), (-1, "[[1. 0.]]\n")])
 def test_the_new_op_the_new_layer_and_the_compiled_loop(block, printed):
-    run = subprocess.run([sys.executable, "-c", BLOCKS[block]], capture_output=True, text=True, timeout=120,
+    run = subprocess.run([sys.executable, "-c", README[block]], capture_output=True, text=True, timeout=120,
                          env=environment())
     assert run.stdout == printed, run.stderr
+
+
+def test_links_lead_somewhere():
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)]+)\)", page.read_text()):
+            if not target.startswith("http"):
+                path, _, heading = target.partition("#")
+                assert not path or (page.parent / path).exists(), f"{page.name}: {target}"
+                headings = re.findall(r"^#+ (.*)", (page.parent / path if path else page).read_text(), re.M)
+                assert not heading or heading in [re.sub(r"[^\w -]", "", h).lower().replace(" ", "-") for h in headings], target

@@ -8,7 +8,7 @@ from time import monotonic, time
 
 import numpy as np
 
-import mpiml
+from mpiml import __version__
 
 NAME, TIMELINE = "log.jsonl", "timeline.json"
 _SECONDS = 0.1  # from one note of a step to the next
@@ -44,7 +44,7 @@ class Log:
 
     def run(self, grid, batch, samples, parameters):
         """Note what is about to run."""
-        self._write("run", version=mpiml.__version__, ranks=grid.size, data=grid.data, pipe=grid.pipe, lanes=grid.lanes,
+        self._write("run", version=__version__, ranks=grid.size, data=grid.data, pipe=grid.pipe, lanes=grid.lanes,
                     batch=batch, samples=samples, parameters=parameters, time=time(), argv=sys.argv)
 
     def step(self, step, epoch, loss, lr, samples):
