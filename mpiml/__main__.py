@@ -64,6 +64,15 @@ def run(args):
     sys.exit(restart.run(args.job, args.restarts, args.fewer))
 
 
+def predict(args):
+    """Predict, by a saved model, the class or the value of each row of a file: of a table (CSV), or of images (.npy).
+
+    The probabilities of all classes come along. It runs alone, or under mpirun on any number of ranks.
+    """
+    from mpiml.predict import predict
+    predict(args.model, args.source, args.out, args.only, args.force, args.pipe)
+
+
 def report(args):
     """Show how a run of fit(..., run=FOLDER) goes or went, as a page for a browser or, with --text, here; or compare some."""
     runs = [reports.read(folder) for folder in args.folders]
@@ -74,15 +83,6 @@ def report(args):
     with open(args.out, "w", encoding="utf-8", errors="xmlcharrefreplace") as file:
         file.write(page)
     print(f"open {args.out} in a browser")
-
-
-def predict(args):
-    """Predict, by a saved model, the class or the value of each row of a file: of a table (CSV), or of images (.npy).
-
-    The probabilities of all classes come along. It runs alone, or under mpirun on any number of ranks.
-    """
-    from mpiml.predict import predict
-    predict(args.model, args.source, args.out, args.only, args.force, args.pipe)
 
 
 def whole(text):
@@ -123,11 +123,6 @@ def main():
     command.add_argument("--fewer", type=whole, default=0, metavar="N", help="so many ranks less (-n) at each restart")
     command.add_argument("job", nargs=argparse.REMAINDER, metavar="COMMAND ...", help="the launcher's command")
     command.set_defaults(run=run)
-    command = commands.add_parser("report", help=report.__doc__, description=report.__doc__)
-    command.add_argument("folders", nargs="+", metavar="RUN", help="the folder of a run")
-    command.add_argument("--out", default="report.html", metavar="FILE", help="where the page goes (default %(default)s)")
-    command.add_argument("--text", action="store_true", help="the essentials, here, and no page")
-    command.set_defaults(run=report)
     command = commands.add_parser("predict", help=predict.__doc__.splitlines()[0], description=predict.__doc__)
     command.add_argument("model", metavar="MODEL", help="a file of save(model, path, about)")
     command.add_argument("source", metavar="INPUT", help="what to predict of: a CSV file, or arrays (.npy)")
@@ -136,6 +131,11 @@ def main():
     command.add_argument("--force", action="store_true", help="replace OUTPUT if it exists")
     command.add_argument("--pipe", type=whole, default=1, metavar="P", help="stages to cut the model into (default 1)")
     command.set_defaults(run=predict)
+    command = commands.add_parser("report", help=report.__doc__, description=report.__doc__)
+    command.add_argument("folders", nargs="+", metavar="RUN", help="the folder of a run")
+    command.add_argument("--out", default="report.html", metavar="FILE", help="where the page goes (default %(default)s)")
+    command.add_argument("--text", action="store_true", help="the essentials, here, and no page")
+    command.set_defaults(run=report)
     args = parser.parse_args()
     if args.run is run and not args.job:
         parser.error("run needs the command of a job")
