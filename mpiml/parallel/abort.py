@@ -26,7 +26,7 @@ from mpiml import restart
 _TURN, _COURTESY = 1.2, 2.5  # seconds
 _LAST = 20  # seconds that the words at the end, and MPI, may take
 
-farewells_of_survivors = []  # a barrier of the ranks that are left, if any were lost
+farewells_of_survivors = []  # in place of partings, a barrier of the ranks that are left, if any were lost
 farewells = []  # functions of a line of text, to be called before the job is ended
 partings = []  # functions, to be called when this rank has come to the end of its program
 
@@ -140,10 +140,9 @@ def install(comm):
             end(f"sys.exit({code!r})\n", code if isinstance(code, int) else 1)
         if first or farewells_of_survivors:
             restart.mark("finished")
-        for part in partings:
+        for part in farewells_of_survivors or partings:
             part()
-        for leave_together in farewells_of_survivors:
-            leave_together()
+        if farewells_of_survivors:
             # Open MPI 5.0 often hangs in MPI_Finalize for ever when it has lost two ranks or more.
             sys.stdout.flush()
             sys.stderr.flush()

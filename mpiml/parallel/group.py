@@ -19,13 +19,16 @@ class Group(MPI.Intracomm):
     """
 
     def Dup(self):
-        return Group(super().Dup())
+        with self.waiting("Dup"):
+            return Group(super().Dup())
 
     def Split(self, color=0, key=0):
-        return Group(super().Split(color, key))
+        with self.waiting("Split"):
+            return Group(super().Split(color, key))
 
     def Split_type(self, split_type, key=0):
-        return Group(super().Split_type(split_type, key))
+        with self.waiting("Split_type"):
+            return Group(super().Split_type(split_type, key))
 
     @functools.cached_property
     def ranks(self):
