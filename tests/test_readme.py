@@ -96,6 +96,14 @@ def test_the_new_op_the_new_layer_and_the_compiled_loop(block, printed):
     assert run.stdout == printed, run.stderr
 
 
+@pytest.mark.parametrize("page, block, printed", [
+    ("applications.md", 0, "[0 1]\n"), ("runs.md", 0, "(2, 2)\n")])
+def test_tables_and_saved_models(page, block, printed, tmp_path):
+    run = subprocess.run([sys.executable, "-c", programs(f"docs/{page}")[block]], capture_output=True, text=True, timeout=120,
+                         env=environment(), cwd=tmp_path)
+    assert run.stdout.endswith(printed), run.stdout + run.stderr
+
+
 def test_links_lead_somewhere():
     for page in PAGES:
         for target in re.findall(r"\]\(([^)]+)\)", page.read_text()):
