@@ -814,8 +814,8 @@ def test_signals_of_others_are_left_alone(tmp_path):
 # --- Whole jobs -----------------------------------------------------------------------------------------------
 
 @pytest.mark.launch
-def test_this_suite_on_several_ranks():
-    run = mpirun(4, "-m", "pytest", "-q", "tests/test_checkpoint.py", timeout=200)
+def test_this_suite_and_that_of_fit_on_several_ranks():
+    run = mpirun(4, "-m", "pytest", "-q", "tests/test_checkpoint.py", "tests/test_fit.py", timeout=200)
     assert run.code == 0, run.out + run.err
 
 

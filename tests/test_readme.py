@@ -97,7 +97,7 @@ def test_the_new_op_the_new_layer_and_the_compiled_loop(block, printed):
 
 
 @pytest.mark.parametrize("page, block, printed", [
-    ("applications.md", 0, "[0 1]\n"), ("runs.md", 0, "(2, 2)\n")])
+    ("applications.md", 0, "[1 0 0]\n"), ("runs.md", 0, "(2, 2)\n")])
 def test_tables_and_saved_models(page, block, printed, tmp_path):
     run = subprocess.run([sys.executable, "-c", programs(f"docs/{page}")[block]], capture_output=True, text=True, timeout=120,
                          env=environment(), cwd=tmp_path)
