@@ -227,7 +227,8 @@ class _Table:
         table = read_csv(path, **options, missing=(), grid=grid)
         known = table
         for name in table.names:
-            known = known.map(name, lambda text: "" if text in missing else text)
+            if not missing.isdisjoint(table[name].tolist()):
+                known = known.map(name, lambda text: "" if text in missing else text)
         self.x = grid.rows(grid.together(f"encoding {path}", use.input.encode, known))
         counts = [int(text) for text in grid.texts(str(len(table)))]
         self.start = sum(counts[:grid.rank])
