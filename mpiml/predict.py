@@ -154,7 +154,9 @@ class _Use(NamedTuple):
 def _load(path, source):
     digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
     model, arrays, about = read_model(path)
-    reading = {name: value for name, value in (about.get("csv") or {}).items() if name in READING}
+    reading = about.get("csv", {})
+    if not isinstance(reading, dict) or not set(reading) <= set(READING):
+        raise ValueError(f"{path} has an entry 'csv' that is {reading!r}, instead of some of {', '.join(READING)}")
     use = _Use(path, digest, _made("input", INPUTS, path, about), _made("target", TARGETS, path, about), reading)
     of_arrays = use.input is None or isinstance(use.input, Images)
     if of_arrays and not source.endswith(".npy"):
