@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from threads import on_ranks
 
-from mpiml.data import Table, read_csv
+from mpiml.data import Table, find, read_csv
 
 RANKS = [1, 2, 3, 4, 5, 8]
 
@@ -239,3 +239,18 @@ def test_what_is_no_number(text, what, file):
 def test_no_such_column(file):
     with pytest.raises(ValueError, match=r"data.csv has no column 'age', it has 39, State-gov; .* names=\[...\]"):
         read_csv(file("39,State-gov\n50,Private\n"))["age"]
+
+
+# --- Where files are ------------------------------------------------------------------------------------------
+
+def test_files_are_found_in_a_named_folder(tmp_path, monkeypatch):
+    monkeypatch.delenv("MPIML_DATA", raising=False)
+    (tmp_path / "csv").mkdir()
+    (tmp_path / "csv" / "a.csv").write_text("a\n1\n")
+    assert find("a.csv", tmp_path) == find("a.csv", tmp_path / "csv") == tmp_path / "csv" / "a.csv"
+    with pytest.raises(FileNotFoundError, match=r"which folder holds a\.csv\? Name it by --data FOLDER, or by the var"):
+        find("a.csv")
+    monkeypatch.setenv("MPIML_DATA", str(tmp_path))
+    assert find("a.csv") == tmp_path / "csv" / "a.csv"
+    with pytest.raises(FileNotFoundError, match=r"neither .* nor a folder in it holds b\.csv: name another one"):
+        find("b.csv")
