@@ -100,7 +100,8 @@ say(f"{len(x)} texts, {words:,} words, {args.model} of {len(model.vector):,} par
 lr = args.lr or {"bag": 1e-2, "conv": 5e-3, "attention": 2e-3}[args.model]
 optimizer = Adam(model, lr=cosine(lr, args.epochs * -(-len(x) // args.batch)))
 history = fit(model, cross_entropy, (x, y), grid, optimizer, batch=args.batch, epochs=args.epochs, seed=args.seed,
-              validation=arrays(test), metrics={"accuracy": correct}, run=args.run, resume=args.resume)
+              validation=arrays(test), metrics={"accuracy": correct}, run=args.run, resume=args.resume,
+              settings={"model": args.model, "length": args.length})
 say(f"test accuracy {history[-1]['validation accuracy']:.4f}")
 if args.save and grid.rank == 0:
     from mpiml.save import save

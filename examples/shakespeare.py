@@ -3,6 +3,7 @@
     mpirun -n 2 python examples/shakespeare.py --data FOLDER              # with tinyshakespeare.txt; or set MPIML_DATA
     mpirun -n 2 python examples/shakespeare.py --text FILE --pipe 2       # any text in UTF-8; as a pipeline of 2 stages
     mpirun -n 2 python examples/shakespeare.py --run run --resume         # keeps a log and checkpoints, and goes on from them
+    mpirun -n 2 python examples/shakespeare.py --run run --resume --prompt "My lord" --sample 500     # when all is learnt
 """
 
 import argparse
@@ -102,7 +103,7 @@ rise = min(100, -(-steps // 10))
 lr = warmup(cosine(args.lr, max(1, steps - rise), args.lr / 10), rise)
 optimizer = AdamW(model, lr, betas=(0.9, 0.99), weight_decay=0.1)
 history = fit(model, loss, (x, y), grid, optimizer, batch=args.batch, epochs=args.epochs, seed=args.seed, validation=validation,
-              clip=1.0, run=args.run, resume=args.resume)
+              clip=1.0, run=args.run, resume=args.resume, settings={"letters": letters.tokens, "context": args.context})
 
 last = history[-1]
 say(f"validation loss {last['validation loss']:.4f} nats per letter, {last['samples/s'] * args.context:,.0f} letters/s")

@@ -26,6 +26,7 @@ def read_text(path, errors="strict"):
 
     Raises
     ------
+    FileNotFoundError
     ValueError
         The file is not UTF-8; the message names line and byte.
     """
@@ -47,9 +48,10 @@ def read_text(path, errors="strict"):
 def words(text):
     """The words of a text: in lower case, runs of letters and digits, apostrophes between them included.
 
-    All else (spaces, punctuation, underscores) separates words. Characters that can be written in several ways are brought
-    to one (NFC); a typographic apostrophe is an apostrophe. What is a letter or a digit, Unicode says; marks that
-    are characters of their own, as the vowels of Devanagari, are not: cut such text into characters.
+    All else (spaces, punctuation, underscores) separates words. Characters that can be written in several ways are brought to
+    one (NFC), and a typographic apostrophe is an apostrophe. Unicode says what is a letter or a digit. Marks that are
+    characters of their own, as the vowels of Devanagari, are neither, and scripts without spaces give whole sentences: cut
+    such texts into characters.
 
     >>> words("The U.N. doesn't use \\u201ce-mail\\u201d: 36 caf\\u00e9s do.")
     ['the', 'u', 'n', "doesn't", 'use', 'e', 'mail', '36', 'cafés', 'do']
@@ -57,7 +59,14 @@ def words(text):
     return _WORD.findall(unicodedata.normalize("NFC", text).lower().replace("\N{RIGHT SINGLE QUOTATION MARK}", "'"))
 
 
-LEVELS = {"word": words, "character": list}
+_LEVELS = {"word": words, "character": list}
+
+
+def _cutter(level):
+    """The function that cuts a text into tokens of this level."""
+    if level not in _LEVELS:
+        raise ValueError(f"level is one of {', '.join(_LEVELS)}, not {level!r}")
+    return _LEVELS[level]
 
 
 class Vocabulary:
@@ -83,9 +92,7 @@ class Vocabulary:
     """
 
     def __init__(self, tokens, level="word"):
-        if level not in LEVELS:
-            raise ValueError(f"level is one of {', '.join(LEVELS)}, not {level!r}")
-        self.tokens, self.level = list(tokens), level
+        self.tokens, self.level, self._cut = list(tokens), level, _cutter(level)
         self._ids = {token: i for i, token in enumerate(self.tokens)}
         if len(self._ids) < len(self.tokens):
             twice, _ = Counter(self.tokens).most_common(1)[0]
@@ -117,13 +124,11 @@ class Vocabulary:
         for name, value in ("min_count", min_count), ("size", len(special) + 1 if size is None else size):
             if not isinstance(value, (int, np.integer)) or value < 1:
                 raise ValueError(f"{name} is a whole number above 0, not {value!r}")
-        if level not in LEVELS:
-            raise ValueError(f"level is one of {', '.join(LEVELS)}, not {level!r}")
-        grid = grid or Alone()
+        grid, cut = grid or Alone(), _cutter(level)
         grid.same("level, size, min_count and special of a vocabulary", (level, size, min_count, tuple(special)))
         mine, counts = Counter(), Counter()
         for text in grid.together("reading the texts", list, _all_texts(texts)):
-            mine.update(LEVELS[level](text))
+            mine.update(cut(text))
         for text in grid.texts(json.dumps(mine)):
             counts.update(json.loads(text))
         found = sorted((-count, token) for token, count in counts.items() if count >= min_count and token not in special)
@@ -147,7 +152,7 @@ class Vocabulary:
         ValueError
             A token is unknown, and the vocabulary has none for such.
         """
-        tokens = LEVELS[self.level](text)
+        tokens = self._cut(text)
         unknown = self._ids.get(UNKNOWN)
         ids = [self._ids.get(token, unknown) for token in tokens]
         if unknown is None and None in ids:
