@@ -166,6 +166,7 @@ def test_download(serve, tmp_path, capsys):
     files = small()
     path = serve(files)
     check(cifar10(), files)
+    assert capsys.readouterr().err.startswith("mpiml: downloading cifar10, 170 MB, from http://127.0.0.1:")
     path.unlink()
     check(cifar10(), files)  # the second time it came from the cache
     assert cached(tmp_path) == sorted(f"cifar10/{name}" for name in NAMES)

@@ -93,7 +93,7 @@ def _read(folder):
 
 def fetch():
     """Download CIFAR-10 into the user's cache, unless it is there: (folder, None), or (None, reason)."""
-    return download("cifar10", ARCHIVE, MIRRORS, _unpack, (*TRAIN, TEST))
+    return download("cifar10", ARCHIVE, MIRRORS, _unpack, (*TRAIN, TEST), "170 MB")
 
 
 def _unpack(folder):

@@ -1,6 +1,7 @@
 """Where a public data set lies: in a folder that the user names, in the cache, or on the network."""
 
 import os
+import sys
 import threading
 from pathlib import Path
 
@@ -44,7 +45,7 @@ def cache_folder(name):
     return Path(pooch.os_cache("mpiml")) / name
 
 
-def download(name, files, mirrors, unpack=None, made=()):
+def download(name, files, mirrors, unpack=None, made=(), size=None):
     """Download a data set into the user's cache, unless it is there.
 
     Parameters
@@ -58,6 +59,8 @@ def download(name, files, mirrors, unpack=None, made=()):
         Called when the files are there; what it makes of them is ``made``.
     made : tuple of str
         Files that are wanted in the end; by default those that are downloaded.
+    size : str, optional
+        How much it is: told to the user, who may have to wait.
 
     Returns
     -------
@@ -77,6 +80,8 @@ def download(name, files, mirrors, unpack=None, made=()):
     for mirror in mirrors:
         if not _answers(mirror + next(iter(files)), requests):
             continue
+        if size:
+            print(f"mpiml: downloading {name}, {size}, from {mirror} to {folder}", file=sys.stderr, flush=True)
         store = pooch.create(folder, mirror, registry={file: f"md5:{md5}" for file, md5 in files.items()})
         try:
             for file in files:  # each to a temporary file, which is then checked and renamed
