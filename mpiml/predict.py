@@ -135,8 +135,7 @@ class Images:
         return cls(getattr(data, settings["kind"]), tuple(settings["shape"]))
 
 
-INPUTS = {"table": Features, "text": TextFeatures} | {
-    kind: Images for kind in ("pixels", "colors") if hasattr(data, kind)}
+INPUTS = {"table": Features, "text": TextFeatures, "pixels": Images, "colors": Images}
 TARGETS = {"classes": Labels, "number": Number}
 READING = ("names", "header", "missing", "separator", "quotes", "errors")  # not "ragged": no row is left out
 

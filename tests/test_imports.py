@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "mpiml"
-OPTIONAL = {"matplotlib", "pooch", "requests", "safetensors", "threadpoolctl", "tqdm"}
+OPTIONAL = {"matplotlib", "pooch", "requests", "safetensors", "tensorboardX", "threadpoolctl", "tqdm"}
 
 # room: what it may import of the package, and from outside beside the standard library.
 ALLOWED = {
@@ -29,7 +29,7 @@ ALLOWED = {
     "save": ({"alone", "data", "describe", "nn", "restart", "save"}, {"numpy", "safetensors"}),
     "schedule": ({"schedule"}, {"matplotlib", "numpy"}),
     "report": ({"balance", "report", "schedule"}, {"matplotlib", "numpy"}),
-    "fit": ({"__version__", "balance", "data", "fit", "lanes", "optim", "parallel", "save"}, {"numpy"}),
+    "fit": ({"__version__", "balance", "data", "fit", "lanes", "optim", "parallel", "save"}, {"numpy", "tensorboardX"}),
     "predict.py": ({"alone", "check", "data", "nn", "parallel", "save"}, {"numpy"}),
     "restart.py": (set(), set()),
     "check.py": ({"__version__", "cores", "data", "kernels", "memory"}, {"llvmlite", "numba", "numpy", "threadpoolctl"}),

@@ -1,7 +1,6 @@
-"""What a run's log becomes: text for the terminal, and one HTML page; needs neither MPI nor numba.
+"""What a run's log becomes: text for the terminal, and one HTML page; it needs neither MPI nor kernels.
 
->>> from mpiml.report import page, read, text           # doctest: +SKIP
->>> print(text([read("run")]))                          # doctest: +SKIP
+``print(text([read("run")]))`` is what ``python -m mpiml report run --text`` does.
 """
 
 from .log import LogError, Run, read

@@ -32,7 +32,7 @@ dl.numbers dd small { font-size: 0.8rem; }
 .legend span { overflow-wrap: anywhere; }
 i { display: inline-block; width: 1.1em; height: 0.75em; margin-right: 0.4em; border-radius: 2px;
             print-color-adjust: exact; -webkit-print-color-adjust: exact; }
-i.line { height: 0; border-top: 3px solid; border-radius: 0; vertical-align: middle; }
+i.line { width: 1.9em; height: 0; border-top: 3px solid; border-radius: 0; vertical-align: middle; }
 i.dashed { border-top-style: dashed; }
 figure { margin: 0.6rem 0; overflow-x: auto; break-inside: avoid; }
 figure svg { display: block; width: 100%; height: auto; }
@@ -50,6 +50,7 @@ table.results th:first-child { position: static; min-width: 8rem; text-align: le
                              overflow-wrap: anywhere; }
 td { vertical-align: top; }
 small { color: var(--soft); }
+table.facts tbody th { width: 10rem; }
 table.facts th { position: static; text-align: left; vertical-align: top; }
 table.facts thead th { min-width: 9rem; overflow-wrap: anywhere; white-space: normal; }
 table.facts td { min-width: 9rem; text-align: left; white-space: normal; overflow-wrap: anywhere; }
@@ -109,7 +110,7 @@ def _state(run):
     parts = [f"{found[name]} {name}" for name in ("ranks", "samples", "parameters") if name in found]
     if "batch" in found:
         parts.append(f"batches of {found['batch']}")
-    return f'<p>{escape(", ".join(parts))}</p><p class="soft">{escape(_sentence(found["state"]))}</p>'
+    return f'<p>{escape(", ".join(parts))}</p><p>{escape(_sentence(found["state"]))}</p>'
 
 
 def _numbers(run):
@@ -193,18 +194,18 @@ def _curves(runs):
 
 
 def _ranks(runs):
-    measured = [run for run in runs if shares(run)]
+    measured = {i: run for i, run in enumerate(runs, 1) if shares(run)}
     if not measured:
         return
     yield "<h2>What the ranks spent their time on</h2>"
     yield ('<p class="soft">Communicate: the sum of the gradients itself. Wait: for ranks that come to it later, or, in a '
            "pipeline, for other stages. Other: reading data and the optimizer.</p>")
     yield _legend([_key(colour, name) for name, colour in plots.SHARE_COLOURS.items()])
-    for run in measured:
+    for i, run in measured.items():
         if len(runs) > 1:
             yield f"<h3>{escape(run.name)}</h3>"
         yield f"<p>All ranks together: {escape(spent(run))}.</p>"
-        yield _figure(plots.ranks(run), f"shares of the ranks of run {runs.index(run) + 1}", wide=True)
+        yield _figure(plots.ranks(run), f"shares of the ranks of run {i}", wide=True)
         yield _extremes(run)
 
 
@@ -224,17 +225,17 @@ def _extremes(run, most=3):
 
 
 def _timelines(runs):
-    measured = [run for run in runs if run.timeline and any(run.timeline.spans)]
+    measured = {i: run for i, run in enumerate(runs, 1) if run.timeline and any(run.timeline.spans)}
     if not measured:
         return
     yield "<h2>A step, as the stages computed it</h2>"
     yield ('<p class="soft">The numbers are those of the micro-batches, of replica 0, in a step of median length. '
            "The bubble is the share of the time in which the stages compute nothing.</p>")
-    for run in measured:
+    for i, run in measured.items():
         if len(runs) > 1:
             yield f"<h3>{escape(run.name)}</h3>"
         drawn = plots.timeline(run)
-        yield (_figure(drawn, f"timeline of run {runs.index(run) + 1}", wide=True) if drawn else
+        yield (_figure(drawn, f"timeline of run {i}", wide=True) if drawn else
                f"<p>Its {sum(map(len, run.timeline.spans)):,} computations are too many to draw here: Watch.trace writes "
                f"them for ui.perfetto.dev.</p>")
 

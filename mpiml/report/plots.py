@@ -61,16 +61,19 @@ def svg(drawn, name):
 
 
 def smooth(values, width):
-    """Means over ``width`` neighbours, fewer at the ends; those that are not finite are left out.
+    """Means over ``width`` neighbours, fewer where there are fewer; those that are not finite are left out.
 
-    >>> smooth(np.array([1.0, 2.0, np.nan, 6.0]), 3)
-    array([1.5, 1.5, 4. , 6. ])
+    At the beginning, where a loss falls steeply, it takes hardly more behind than there are before.
+
+    >>> smooth(np.array([4.0, 1.0, np.nan, 5.0]), 3)
+    array([4. , 2.5, 3. , 5. ])
     """
     finite = np.isfinite(values)
     sums = np.concatenate([[0.0], np.cumsum(np.where(finite, values, 0.0))])
     counts = np.concatenate([[0], np.cumsum(finite)])
     at = np.arange(len(values))
-    first, last = np.maximum(at - width // 2, 0), np.minimum(at + width - width // 2, len(values))
+    first = np.maximum(at - width // 2, 0)
+    last = np.minimum(at + np.clip(at, width // 16, width // 2) + 1, len(values))
     with np.errstate(invalid="ignore"):
         return (sums[last] - sums[first]) / (counts[last] - counts[first])
 

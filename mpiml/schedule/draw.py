@@ -107,7 +107,8 @@ def figure(timelines, unit=""):
             for span in spans:
                 kind, length = type(span.action), span.end - span.start
                 kinds.add(kind)
-                axes.barh(stage, length, 0.86, span.start - first, color=_COLOURS[kind], edgecolor="white", linewidth=0.5,
+                axes.barh(stage, length, 0.86, span.start - first, color=_COLOURS[kind], edgecolor="white",
+                          linewidth=0.5 if length > longest * 0.002 else 0,  # an edge would hide what is shorter
                           alpha=1 - 0.7 * held.index(span.action.chunk) / len(held))
                 label = str(span.action.microbatch)
                 if length > longest * 0.008 * len(label):
