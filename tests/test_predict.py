@@ -287,7 +287,8 @@ def test_data_of_another_kind(images, files):
 @pytest.mark.parametrize("about, message", [
     ({"input": {"kind": "sound"}}, "has an entry 'input' of the kind 'sound', but this version of mpiml knows table, text,"),
     ({"input": {"kind": "table"}}, "has an entry 'input' that cannot be used: KeyError: 'columns'"),
-    ({"input": 3}, "has an entry 'input' of the kind 3"),
+    ({"input": 3}, "has an entry 'input' of the kind 3"), ({"csv": {"ragged": "drop"}}, "has an entry 'csv' that is"),
+    ({"csv": ["names"]}, "has an entry 'csv' that is .* instead of some of names, header"),
     ({"target": {"kind": "classes"}}, "has an entry 'target' that cannot be used: KeyError"),
 ])
 def test_what_a_file_says_is_checked(about, message, files):

@@ -32,6 +32,7 @@ def read_csv(path, names=None, *, header=None, missing=MISSING, separator=",", q
     missing : sequence of str
         What stands for a missing value.
     separator : str
+        One character of ASCII.
     quotes : bool
         False: quotes are characters like any other, and a line is a row.
     ragged : "error" or "drop"
@@ -58,8 +59,8 @@ def read_csv(path, names=None, *, header=None, missing=MISSING, separator=",", q
     for name, value, choices in ("ragged", ragged, ("error", "drop")), ("errors", errors, ("strict", "replace", "ignore")):
         if value not in choices:
             raise ValueError(f"{name} is {' or '.join(map(repr, choices))}, not {value!r}")
-    if len(separator) != 1 or separator in "\"\r\n":
-        raise ValueError(f"separator is one character, neither a quote nor a line end, not {separator!r}")
+    if len(separator) != 1 or not separator.isascii() or separator in "\"\r\n":
+        raise ValueError(f"separator is one character of ASCII, neither a quote nor a line end, not {separator!r}")
     parser = Parser(os.fspath(path), separator, quotes, errors)
     grid = grid or Alone()
     return grid.again(_read, parser, names, header, frozenset(missing), ragged, grid)
@@ -144,12 +145,12 @@ class Parser:
 
     def __call__(self, found):
         rows = csv.reader((self.text(line, record) for line, record in found), delimiter=self.separator,
-                          quoting=csv.QUOTE_MINIMAL if self.quotes else csv.QUOTE_NONE, skipinitialspace=True)
+                          quoting=csv.QUOTE_MINIMAL if self.quotes else csv.QUOTE_NONE, skipinitialspace=self.separator != " ")
         for line, _ in found:
             try:
                 row = next(rows)  # one for each record, since a record ends where the reader takes it to end
             except csv.Error as error:
-                raise ValueError(f"{self.path}, line {line}: {error}") from error
+                raise ValueError(f"{self.path}, line {line}: {error}; csv.field_size_limit(N) sets another") from error
             yield line, row
 
     def text(self, line, record):
