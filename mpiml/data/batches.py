@@ -94,11 +94,13 @@ class batches:
         for begin in range(self.start * self.size, len(self.x), self.size):
             batch = self.order[begin:begin + self.size]
             tries = None
-            # Once, and once more in other shares whenever a step was undone. Ranks that were lost elsewhere, in an evaluation,
-            # say, undid no step.
+            # Once, and once more in other shares whenever a step was undone. Ranks that were lost elsewhere, in an evaluation
+            # after the step, say, undid none.
             while tries != (now := grid.undone if grid else 0):
                 tries = now
                 rank, ranks, lanes = (grid.replica, grid.data, grid.lanes) if grid else (0, 1, None)
+                if grid:
+                    grid.shared = grid.generation
                 start, stop = share(len(batch), rank, ranks, self.multiple, lanes)
                 mine = batch[start:stop]
                 x = self.x[mine]
