@@ -7,8 +7,9 @@
 import argparse
 from functools import partial
 from hashlib import sha256
+from pathlib import Path
 
-from mpiml.data import cifar10, colors, crop_and_flip
+from mpiml.data import Labels, cifar10, colors, crop_and_flip
 from mpiml.fit import fit
 from mpiml.metrics import correct
 from mpiml.nn import AvgPool2d, BatchNorm2d, Concatenate, Conv2d, Flatten, Linear, Residual, Sequential
@@ -24,6 +25,7 @@ parser.add_argument("--lr", type=float, default=0.1, help="highest learning rate
 parser.add_argument("--data", metavar="FOLDER", help="with the binary files; default: $MPIML_DATA, cache, download")
 parser.add_argument("--seed", type=int, default=0)
 parser.add_argument("--lanes", type=int, help="pieces of each batch: with them, the same bits on any number of ranks")
+parser.add_argument("--save", metavar="FILE", help="write the model to this file, for python -m mpiml predict")
 parser.add_argument("--run", metavar="FOLDER", help="keep a log and checkpoints in this folder")
 parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in it, if there is one")
 args = parser.parse_args()
@@ -31,6 +33,11 @@ if args.epochs < 1:
     parser.error(f"--epochs must be 1 at least, not {args.epochs}")
 if args.resume and not args.run:
     parser.error("--resume needs --run FOLDER")
+if args.save and not Path(args.save).absolute().parent.is_dir():
+    parser.error(f"--save {args.save}: there is no such folder")
+
+
+KINDS = "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"
 
 
 def norm(channels):
@@ -83,6 +90,9 @@ history = fit(model, cross_entropy, (x, y), grid, optimizer, batch=args.batch, e
               validation=test, metrics={"accuracy": correct}, transform=colors,
               augment=partial(crop_and_flip, seed=args.seed), run=args.run, resume=args.resume,
               settings={"model": args.model, "epochs": args.epochs})
+if args.save and grid.rank == 0:
+    from mpiml.save import save
+    save(model, args.save, {"input": {"kind": "colors", "shape": x.shape[1:]}, "target": Labels("kind", KINDS).settings()})
 if grid.rank == 0:
     if args.lanes:
         print(f"weights {sha256(model.vector).hexdigest()}")

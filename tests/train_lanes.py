@@ -62,7 +62,11 @@ if __name__ == "__main__":
     parser.add_argument("--die", nargs=2, action="append", default=[], metavar=("RANK", "SECONDS"),
                         help="this rank kills itself so many seconds after the first step")
     parser.add_argument("--ahead", type=int, default=0, help="batches that a thread reads ahead")
+    parser.add_argument("--evaluate", action="store_true", help="between each batch and its step")
+    parser.add_argument("--fail", type=int, metavar="RANK", help="MPI fails on this rank, once, and nobody dies")
     args = parser.parse_args()
+
+    from mpi4py import MPI
 
     from mpiml.parallel import Grid, RanksLost, evaluate, gradient, place
 
@@ -74,8 +78,18 @@ if __name__ == "__main__":
     for rank, seconds in args.die:
         if grid.rank == int(rank):
             threading.Timer(float(seconds), os.kill, (os.getpid(), signal.SIGKILL)).start()
-    train(net, step, x, y, 512, 50, RanksLost, grid=grid, multiple=4 if args.model == "conv_net" else 1,
-          ahead=args.ahead)
+    if grid.rank == args.fail:
+        def broken(*_):
+            raise RanksLost("MPI failed") from MPI.Exception(MPI.ERR_NO_MEM)
+
+        grid.replicas.Alltoallv = broken
+
+    def evaluated(bx, by):
+        evaluate(net, x[:100], y[:100], {"loss": cross_entropy}, grid)
+        return step(bx, by)
+
+    train(net, evaluated if args.evaluate else step, x, y, 512, 50, RanksLost, grid=grid,
+          multiple=4 if args.model == "conv_net" else 1, ahead=args.ahead)
     weights = net.collect()
     if grid.rank == 0:
         print("weights", digest(weights))

@@ -108,10 +108,12 @@ class batches:
             for i in range(len(numbers)):
                 tries = None
                 # Once, and once more in other shares whenever a step was undone. Ranks that were lost elsewhere, in an
-                # evaluation, say, undid no step.
+                # evaluation after the step, say, undid none.
                 while tries != (now := self.grid.undone if self.grid else 0):
-                    tries = now
-                    place = (self.grid.replica, self.grid.data) if self.grid else (0, 1)
+                    tries, place = now, (0, 1)
+                    if self.grid:
+                        place = self.grid.replica, self.grid.data
+                        self.grid.shared = self.grid.generation
                     yield get(*((number, *place) for number in numbers[i:i + 1 + self.ahead]))
 
     def _share(self, number, rank, ranks):

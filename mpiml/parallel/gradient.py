@@ -102,6 +102,7 @@ def gradient(model, loss, grid, microbatches=None, *, recompute=False, watch=Non
         return plan.take(number, x, y)
 
     def step(x, y):
+        grid.take_shares()
         number, model.steps = model.steps, model.steps + 1
         with recorder.at(f"step {number}"):
             try:

@@ -18,6 +18,7 @@ from .group import Group
 from .recorder import ELASTIC, recorder
 
 _SHARED = "/dev/shm"  # noqa: S108  a folder in memory
+_AGAIN = "To try the same batch again: try: loss = step(x, y); except RanksLost: continue"
 _LONG = 500  # characters of a value that an error shows
 
 
@@ -63,6 +64,8 @@ class Grid:
         How many times ranks were lost.
     undone : int
         How many times the program was told so by a RanksLost, and is to try again what it was at.
+    shared : int or None
+        The generation for which :class:`mpiml.data.batches` has shared out its last batch.
 
     Raises
     ------
@@ -86,7 +89,7 @@ class Grid:
             raise ValueError(f"lanes is a whole number of pieces of a batch, one at least for each of the {self.data} "
                              f"replicas, not {lanes!r}")
         self.lanes = lanes
-        self.generation, self.undone, self._attempting = 0, 0, False
+        self.generation, self.undone, self.shared, self._attempting = 0, 0, None, False
         self.elastic = ELASTIC and pipe == 1
         self._divide(comm)
 
@@ -124,9 +127,11 @@ class Grid:
             return work(*args)
         self._attempting = True
         try:
-            result, problem = None, None
+            result, problem, refusal = None, None, None
             try:
                 result = work(*args)
+            except RankError as error:
+                refusal = error  # of all ranks, if none of them lost another on the way
             except RanksLost as error:
                 problem = error
                 self.comm.Revoke()  # wakes the ranks that wait for others
@@ -140,11 +145,18 @@ class Grid:
                 lost = self._go_on_without()
                 if not lost and problem:
                     raise problem.__cause__  # nobody died: MPI failed, and would fail again
-                raise RanksLost(f"{names(lost)} died: {self.size} ranks are left, and go on. To try the same batch again: "
-                                f"try: loss = step(x, y); except RanksLost: continue") from problem
+                raise RanksLost(f"{names(lost)} died: {self.size} ranks are left, and go on. {_AGAIN}") from problem
+            if refusal:
+                raise refusal
             return result
         finally:
             self._attempting = False
+
+    def take_shares(self):
+        """Raise a RanksLost, on all ranks, if some died since the last batch was shared out: its shares are too few, then."""
+        if self.shared not in (None, self.generation):
+            self.undone += 1
+            raise RanksLost(f"ranks died since this batch was shared out: {self.size} are left, and go on. {_AGAIN}")
 
     def again(self, work, *args):
         """:meth:`attempt`, and on as many ranks as are left until it is done: for work that changes nothing."""

@@ -66,14 +66,20 @@ class Recorder:
 
     def start(self, comm):
         """Share the notes of this job's ranks; to be called on all ranks of ``comm``, the whole job, together."""
-        if self._comm is not None or not self.on or comm.size == 1:
+        if self._comm is not None or comm.size == 1:
             return
         self._comm, self._ranks = comm, [comm.rank]
-        abort.farewells.append(self.failed)
-        self._thread = threading.Thread(target=self._watch, name="mpiml watchdog", daemon=True)
-        self._thread.start()
-        abort.partings.append(self._leave)
+        if self.on:
+            self._thread = threading.Thread(target=self._watch, name="mpiml watchdog", daemon=True)
+            self._thread.start()
         with self.waiting("making the first Grid", range(comm.size)):
+            on = np.array([self.on], np.int64)
+            comm.Allreduce(MPI.IN_PLACE, on, MPI.MIN)
+            if not on[0]:  # if on some ranks alone, they are told when the ranks compare what they run
+                self.on, self._over = False, True
+                return
+            abort.farewells.append(self.failed)
+            abort.partings.append(self._leave)
             node = comm.Split_type(MPI.COMM_TYPE_SHARED)
             ranks = np.empty(node.size, np.int64)
             node.Allgather(np.array([comm.rank], np.int64), ranks)

@@ -117,6 +117,7 @@ def _record():
         "MPI library": library(),
         "script": _script(),
         "arguments": shlex.join(sys.argv[1:]),
+        "MPIML_WATCHDOG": os.environ.get("MPIML_WATCHDOG", ""),
     }
 
 
@@ -163,6 +164,7 @@ def _compare(records, nodes, allowed):
             odd = odd or min(groups.values(), key=len)
     if differing:
         fix = ("start all ranks with one command line" if {"script", "arguments"} & set(differing) else
+               "export it on all nodes" if "MPIML_WATCHDOG" in differing else
                "give all ranks the same installation, on every node" if set(differing) & set(_record()) else
                "give Grid the same arguments on all ranks")
         raise RankError("the ranks of this job differ in\n" + "\n".join(lines) + f"\n{fix}; if they are meant to differ, "
