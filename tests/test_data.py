@@ -353,7 +353,7 @@ def test_pixels():
 # --- Batches --------------------------------------------------------------------------------------------------
 
 def grid(rank, ranks):
-    return SimpleNamespace(replica=rank, data=ranks, lanes=None, undone=0, same=lambda what, value: None)
+    return SimpleNamespace(replica=rank, data=ranks, lanes=None, undone=0, generation=0, same=lambda what, value: None)
 
 
 def epoch(ranks, n, size, **options):
@@ -449,7 +449,7 @@ def test_batches_that_cannot_be(n, labels, ranks, options, message):
 
 def test_ranks_compare_what_they_ask_for():
     asked = []
-    ranks = SimpleNamespace(replica=0, data=1, lanes=None, undone=0, same=lambda what, value: asked.append(value))
+    ranks = SimpleNamespace(replica=0, data=1, lanes=None, undone=0, generation=0, same=lambda what, value: asked.append(value))
     base = {"size": 4, "epoch": 0, "seed": 0, "shuffle": True, "multiple": 1}
     for change in {}, {"size": 5}, {"epoch": 1}, {"seed": 1}, {"shuffle": False}, {"multiple": 2}:
         batches(np.zeros(8), np.zeros(8), grid=ranks, **(base | change))
