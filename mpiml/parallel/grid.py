@@ -309,7 +309,7 @@ class Grid:
         """The rows of all ranks, in the order of the ranks, as one array on every rank; to be called on all ranks together.
 
         The ranks of a node share its memory where they can, and to each rank it is its own: what it writes to it the others
-        do not see.
+        do not see. A rank that died has taken its rows with it: an elastic grid is to read its data again.
 
         Parameters
         ----------
