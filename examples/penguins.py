@@ -17,13 +17,16 @@ parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.R
 parser.add_argument("--data", metavar="FOLDER", help="with penguins.csv; default: $MPIML_DATA")
 parser.add_argument("--epochs", type=int, default=60, help="at most (default %(default)s)")
 parser.add_argument("--seed", type=int, default=0)
+parser.add_argument("--lanes", type=int, default=8,
+                    help="pieces of each batch: the same bits on up to so many ranks (default %(default)s)")
+parser.add_argument("--save", metavar="FILE", help="write the model to this safetensors file, for python -m mpiml predict")
 args = parser.parse_args()
 try:
     file = find("penguins.csv", args.data)
 except FileNotFoundError as error:
     parser.error(str(error))
 
-grid = Grid()
+grid = Grid(lanes=args.lanes)
 
 
 def say(*lines):
@@ -52,3 +55,6 @@ fit(model, cross_entropy, arrays(train), grid, Adam(model, lr=3e-3), batch=32, e
     callbacks=[Best("validation loss"), EarlyStopping("validation loss", patience=10)])
 found = evaluate(model, *arrays(test), {"loss": cross_entropy, "accuracy": correct}, grid)
 say(f"test loss {found['loss']:.4f}, accuracy {found['accuracy']:.4f}")
+if args.save and grid.rank == 0:
+    from mpiml.save import save
+    save(model, args.save, about={"input": features.settings(), "target": labels.settings()})

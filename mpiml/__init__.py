@@ -11,6 +11,7 @@ mpiml.save           weights, models and checkpoints in safetensors files
 mpiml.describe       models as JSON, and built again from it
 mpiml.predict        python -m mpiml predict: what a saved model says of the rows of a file
 mpiml.schedule       pipeline schedules: lists, simulated and drawn
+mpiml.report         python -m mpiml report: how a run goes or went, as a page
 mpiml.check          python -m mpiml check: what is wrong with this machine or this job
 mpiml.parallel       Grid, place, gradient, predict: the only part that starts MPI
 ===================  ==================================================================

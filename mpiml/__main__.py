@@ -6,6 +6,7 @@ import sys
 
 from mpiml import check as findings
 from mpiml import cores, restart
+from mpiml import report as reports
 from mpiml.kernels.warmup import warm_up
 from mpiml.schedule import SCHEDULES, picture, simulate, text
 
@@ -59,7 +60,7 @@ def _job(found, speaks):
 
 
 def run(args):
-    """Run a job, such as mpirun -n 8 python train.py --checkpoint run --resume, and start it again if it fails."""
+    """Run a job, such as mpirun -n 8 python train.py --run FOLDER --resume, and start it again if it fails."""
     sys.exit(restart.run(args.job, args.restarts, args.fewer))
 
 
@@ -70,6 +71,18 @@ def predict(args):
     """
     from mpiml.predict import predict
     predict(args.model, args.source, args.out, args.only, args.force, args.pipe)
+
+
+def report(args):
+    """Show how a run of fit(..., run=FOLDER) goes or went, as a page for a browser or, with --text, here; or compare some."""
+    runs = [reports.read(folder) for folder in args.folders]
+    if args.text:
+        print(reports.text(runs))
+        return
+    page = reports.page(runs)
+    with open(args.out, "w", encoding="utf-8", errors="xmlcharrefreplace") as file:
+        file.write(page)
+    print(f"open {args.out} in a browser")
 
 
 def whole(text):
@@ -118,6 +131,11 @@ def main():
     command.add_argument("--force", action="store_true", help="replace OUTPUT if it exists")
     command.add_argument("--pipe", type=whole, default=1, metavar="P", help="stages to cut the model into (default 1)")
     command.set_defaults(run=predict)
+    command = commands.add_parser("report", help=report.__doc__, description=report.__doc__)
+    command.add_argument("folders", nargs="+", metavar="RUN", help="the folder of a run")
+    command.add_argument("--out", default="report.html", metavar="FILE", help="where the page goes (default %(default)s)")
+    command.add_argument("--text", action="store_true", help="the essentials, here, and no page")
+    command.set_defaults(run=report)
     args = parser.parse_args()
     if args.run is run and not args.job:
         parser.error("run needs the command of a job")

@@ -23,7 +23,8 @@ import numba
 import numpy as np
 
 from mpiml import __version__, cores, memory
-from mpiml.data.mnist import FILES, cache_folder
+from mpiml.data.download import cache_folder
+from mpiml.data.mnist import FILES
 from mpiml.kernels import jit, registers
 
 WIDTH = 100
@@ -386,7 +387,7 @@ def data():
                                f"(no {missing[0].removesuffix('.gz')}, plain or .gz, in {folder})",
                        "name the folder with the four MNIST files, or unset MPIML_DATA to download them")
     try:
-        folder = cache_folder()
+        folder = cache_folder("mnist")
     except ImportError:
         return warning("data", "MPIML_DATA names no folder, and nothing can be downloaded: instead of MNIST there will be "
                                "scikit-learn's 1,797 digits", f"{PIP} 'mpiml[examples]', or export MPIML_DATA=FOLDER")

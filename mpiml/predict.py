@@ -135,8 +135,7 @@ class Images:
         return cls(getattr(data, settings["kind"]), tuple(settings["shape"]))
 
 
-INPUTS = {"table": Features, "text": TextFeatures} | {
-    kind: Images for kind in ("pixels", "colors") if hasattr(data, kind)}
+INPUTS = {"table": Features, "text": TextFeatures, "pixels": Images, "colors": Images}
 TARGETS = {"classes": Labels, "number": Number}
 READING = ("names", "header", "missing", "separator", "quotes", "errors")  # not "ragged": no row is left out
 
@@ -154,7 +153,9 @@ class _Use(NamedTuple):
 def _load(path, source):
     digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
     model, arrays, about = read_model(path)
-    reading = {name: value for name, value in (about.get("csv") or {}).items() if name in READING}
+    reading = about.get("csv", {})
+    if not isinstance(reading, dict) or not set(reading) <= set(READING):
+        raise ValueError(f"{path} has an entry 'csv' that is {reading!r}, instead of some of {', '.join(READING)}")
     use = _Use(path, digest, _made("input", INPUTS, path, about), _made("target", TARGETS, path, about), reading)
     of_arrays = use.input is None or isinstance(use.input, Images)
     if of_arrays and not source.endswith(".npy"):
@@ -227,7 +228,8 @@ class _Table:
         table = read_csv(path, **options, missing=(), grid=grid)
         known = table
         for name in table.names:
-            known = known.map(name, lambda text: "" if text in missing else text)
+            if not missing.isdisjoint(table[name].tolist()):
+                known = known.map(name, lambda text: "" if text in missing else text)
         self.x = grid.rows(grid.together(f"encoding {path}", use.input.encode, known))
         counts = [int(text) for text in grid.texts(str(len(table)))]
         self.start = sum(counts[:grid.rank])

@@ -24,7 +24,7 @@ def run(command, restarts, fewer=0):
     Parameters
     ----------
     command : list of str
-        Such as ``mpirun -n 8 python train.py --checkpoint run --resume``.
+        Such as ``mpirun -n 8 python train.py --run FOLDER --resume``.
     restarts : int
         How often it is started again.
     fewer : int

@@ -121,12 +121,12 @@ def test_data(env, tmp_path, monkeypatch):
         (tmp_path / "mnist" / name).touch()
     assert only(check.data())[:2] == ("ok", f"MNIST is in {tmp_path / 'mnist'} (MPIML_DATA)")
     monkeypatch.delenv("MPIML_DATA")
-    monkeypatch.setattr(check, "cache_folder", lambda: tmp_path)
+    monkeypatch.setattr(check, "cache_folder", lambda name: tmp_path)
     assert "no MNIST yet: it will be downloaded" in only(check.data())[1]
-    monkeypatch.setattr(check, "cache_folder", lambda: tmp_path / "mnist")
+    monkeypatch.setattr(check, "cache_folder", lambda name: tmp_path / "mnist")
     assert only(check.data())[1].startswith("MNIST is in")
     monkeypatch.delattr(check, "cache_folder")
-    monkeypatch.setattr(check, "cache_folder", lambda: __import__("a_package_that_is_missing"), raising=False)
+    monkeypatch.setattr(check, "cache_folder", lambda name: __import__("a_package_that_is_missing"), raising=False)
     assert "scikit-learn's 1,797 digits" in only(check.data())[1]
 
 

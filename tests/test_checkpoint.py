@@ -838,10 +838,10 @@ def test_an_example_goes_on_with_the_same_bits(example, tmp_path):
     env = environment(XDG_CACHE_HOME=str(tmp_path / "file"), NO_PROXY="", HTTPS_PROXY="http://127.0.0.1:9")
     outputs = []
     for name, more in ("whole", ["--every", "4"]), ("rest", ["--resume", "20"]):
-        run = mpirun(2, f"examples/{example}", "--epochs", "2", "--checkpoint", str(tmp_path / "run"), "--save",
+        run = mpirun(2, f"examples/{example}", "--epochs", "2", "--run", str(tmp_path / "run"), "--save",
                      str(tmp_path / name), *more, env=env)
         assert run.code == 0, run.err
-        outputs.append(re.findall(r"epoch 2: loss [\d.]+, test loss [\d.]+, test accuracy [\d.]+", run.out))
+        outputs.append(re.findall(r"epoch 2: loss [\d.]+, validation loss [\d.]+, validation accuracy [\d.]+", run.out))
     assert "20 of 24 steps are done" in run.out
     assert outputs[0] == outputs[1] and len(outputs[0]) == 1
     assert (tmp_path / "whole").read_bytes() == (tmp_path / "rest").read_bytes()

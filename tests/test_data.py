@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from mpiml.data import batches, digits, mnist, pixels, read_idx, share
+from mpiml.data import batches, digits, download, mnist, pixels, read_idx, share
 
 IDX_TYPES = {"u1": 0x08, "i1": 0x09, "i2": 0x0B, "i4": 0x0C, "f4": 0x0D, "f8": 0x0E}
 
@@ -238,7 +238,7 @@ def server(monkeypatch):
     server.log, server.arrays = [], arrays
     monkeypatch.setattr(module, "FILES", {name: hashlib.md5(data).hexdigest()  # noqa: S324
                                           for name, data in files.items()})
-    monkeypatch.setattr(module, "PATIENCE", 0.5)
+    monkeypatch.setattr(download, "PATIENCE", 0.5)
 
     def mirrors(*ways):
         monkeypatch.setattr(module, "MIRRORS", [f"http://127.0.0.1:{server.server_port}/{way}/" for way in ways])

@@ -63,7 +63,7 @@ def test_fit_is_the_loop_that_one_writes_by_hand():
             clip_norm(model, 0.5)
             optimizer.step()
     found = evaluate(model, *VALIDATION, {"loss": cross_entropy, "accuracy": correct}, GRID, transform=np.tanh)
-    fitted, history = train(2, augment=shift, transform=np.tanh, clip=0.5)
+    fitted, history = train(2, augment=shift, ahead=1, transform=np.tanh, clip=0.5)
     np.testing.assert_array_equal(fitted.vector, model.vector)
     assert [epoch["epoch"] for epoch in history] == [1, 2] and history[-1]["step"] == 2 * number
     assert history[-1]["loss"] == total / number and history[-1]["lr"] == 0.01

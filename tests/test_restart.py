@@ -67,7 +67,7 @@ def test_a_killed_job_is_started_again_with_fewer_ranks(tmp_path):
 def test_training_that_is_killed_ends_with_the_weights_of_one_that_is_not(tmp_path):
     def job(name, ranks):
         return [launcher(), "-n", str(ranks), sys.executable, "examples/mnist_dp.py", "--lanes", "8", "--epochs", "8",
-                "--save", str(tmp_path / name), "--checkpoint", str(tmp_path / f"{name}.run"), "--every", "10", "--resume"]
+                "--save", str(tmp_path / name), "--run", str(tmp_path / f"{name}.run"), "--every", "10", "--resume"]
 
     env = {"MPIML_DATA": "", "HTTPS_PROXY": "http://127.0.0.1:9", "XDG_CACHE_HOME": str(tmp_path)}
     assert run(*job("whole", 2), **env).returncode == 0

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from threads import on_ranks
 
-from mpiml.data import Table, read_csv
+from mpiml.data import Table, find, read_csv
 
 RANKS = [1, 2, 3, 4, 5, 8]
 
@@ -74,6 +74,8 @@ TEXTS = {
     "lines in quotes": ("a,b\n\"1\n\n2\",\"x\r\ny\"\n\"\n\",\"\"\"\n\"\n", {}, [(2, "1\n\n2", "x\r\ny"), (6, "", "\"")]),
     "quotes as text": ("a,b\n5\" disk,x\n\"y,z\n", {"quotes": False}, [(2, "5\" disk", "x"), (3, "\"y", "z")]),
     "tabs": ("a\tb\n1,5\tx\n\ty\n", {"separator": "\t"}, [(2, "1,5", "x"), (3, "", "y")]),
+    "tabs alone": ("a\tb\n\t\n1\t\n", {"separator": "\t"}, [(2, "", ""), (3, "1", "")]),
+    "spaces": ("a b\n1 x\n\n\"2 3\" \"\"\n", {"separator": " "}, [(2, "1", "x"), (4, "2 3", "")]),
     "semicolons": ("a;b\n1,5;x\n", {"separator": ";"}, [(2, "1,5", "x")]),
     "one row": ("1,x", {"names": ["a", "b"]}, [(1, "1", "x")]),
     "letters": ("a,b\nå,Ω\n数,😀\n", {}, [(2, "å", "Ω"), (3, "数", "😀")]),
@@ -104,21 +106,32 @@ def test_what_python_writes_is_read(tmp_path_factory, rows, end, bom):
         assert content(*on_ranks(size, lambda grid: read_csv(path, grid=grid))) == content(table)
 
 
-@settings(max_examples=200, deadline=None)
-@given(st.text(st.sampled_from("ab, \"\n\r"), max_size=30))
-def test_any_text_is_read_as_python_does_or_refused_on_all_ranks(tmp_path_factory, text):
+@settings(max_examples=300, deadline=None)
+@given(st.text(st.sampled_from("ab,, \"\n\r\t"), max_size=30), st.sampled_from(",\t a"))
+def test_any_text_is_read_as_python_does_or_refused_on_all_ranks(tmp_path_factory, text, separator):
     path = tmp_path_factory.getbasetemp() / "any.csv"
     path.write_bytes(text.encode())
+    options = {"names": ["x", "y"], "ragged": "drop", "separator": separator}
     try:
-        table = read_csv(path, ["x", "y"], ragged="drop")
+        table = read_csv(path, **options)
     except ValueError as problem:
         with pytest.raises(type(problem)):
-            on_ranks(3, lambda grid: read_csv(path, ["x", "y"], ragged="drop", grid=grid))
+            on_ranks(3, lambda grid: read_csv(path, grid=grid, **options))
         return
     for size in 2, 5:
-        assert content(*on_ranks(size, lambda grid: read_csv(path, ["x", "y"], ragged="drop", grid=grid))) == content(table)
-    rows = csv.reader(io.StringIO(text, newline=""), skipinitialspace=True)
-    assert [row for _, *row in content(table)] == [[field.strip() for field in row] for row in rows if len(row) == 2]
+        assert content(*on_ranks(size, lambda grid: read_csv(path, grid=grid, **options))) == content(table)
+    lines = csv.reader(io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=separator != " ")
+    rows = [[field.strip() for field in row] for row in lines if len(row) == 2]
+    found = [row for _, *row in content(table)]
+    if separator == " ":  # a line of blanks is an empty one, not one of empty fields
+        rows, found = [row for row in rows if any(row)], [row for row in found if any(row)]
+    assert found == rows
+
+
+def test_many_empty_fields_and_a_wrong_quote_take_no_time(file):
+    for separator in ",", "\t", " ":
+        with pytest.raises(ValueError, match="line 1: a quote is out of place"):
+            read_csv(file(10_000 * f" {separator}  " + "a\"b"), separator=separator)
 
 
 # --- Files that are not ---------------------------------------------------------------------------------------
@@ -140,6 +153,8 @@ BAD = {
     "behind a quote": (b"a,b\n1,\"x\"y\n", {}, r"line 2: a quote is out of place"),
     "open quote": (b"a,b\n1,x\n2,\"y\n3,z\n", {}, r"line 3: a quote is out of place in '2,\"y\\n3,z'"),
     "long field": (b"a,b\n1," + 200_000 * b"x" + b"\n", {}, r"line 2: field larger than field limit"),
+    "no row left": (b"1,2\n", {"names": ["a"], "ragged": "drop"}, r"line 1 has 2 fields, but there are names for 1 columns"),
+    "separator": (b"a||b\n1||2\n", {"separator": "||"}, r"separator is one character of ASCII, .*, not '\|\|'"),
     "ragged": (b"a\n1\n", {"ragged": "keep"}, r"ragged is 'error' or 'drop', not 'keep'"),
     "errors": (b"a\n1\n", {"errors": "surrogateescape"}, r"errors is 'strict' or 'replace' or 'ignore'"),
 }
@@ -176,6 +191,14 @@ def test_bytes_that_are_no_text_are_repaired_and_told(errors, text, fate, file):
     table = same_on_ranks(path, errors=errors)
     assert content(table) == [(2, "1", "x"), (3, "2", text)]
     assert table.notes == (f"{path}, line 3: the byte 0xe9 is not UTF-8: {fate}",)
+
+
+def test_a_repaired_header_is_told_once(file):
+    path = file(b"a,caf\xe9\n1,x\n2,y\n")
+    table = same_on_ranks(path, errors="replace")
+    assert table.names == ("a", "caf\ufffd") and table.notes == (f"{path}, line 1: the byte 0xe9 is not UTF-8: replaced",)
+    table = same_on_ranks(path, errors="replace", names=["a", "b"])
+    assert len(table) == 3 and table.notes == (f"{path}, line 1: the byte 0xe9 is not UTF-8: replaced",)
 
 
 def test_ranks_that_read_different_files(tmp_path):
@@ -216,3 +239,18 @@ def test_what_is_no_number(text, what, file):
 def test_no_such_column(file):
     with pytest.raises(ValueError, match=r"data.csv has no column 'age', it has 39, State-gov; .* names=\[...\]"):
         read_csv(file("39,State-gov\n50,Private\n"))["age"]
+
+
+# --- Where files are ------------------------------------------------------------------------------------------
+
+def test_files_are_found_in_a_named_folder(tmp_path, monkeypatch):
+    monkeypatch.delenv("MPIML_DATA", raising=False)
+    (tmp_path / "csv").mkdir()
+    (tmp_path / "csv" / "a.csv").write_text("a\n1\n")
+    assert find("a.csv", tmp_path) == find("a.csv", tmp_path / "csv") == tmp_path / "csv" / "a.csv"
+    with pytest.raises(FileNotFoundError, match=r"which folder holds a\.csv\? Name it by --data FOLDER, or by the var"):
+        find("a.csv")
+    monkeypatch.setenv("MPIML_DATA", str(tmp_path))
+    assert find("a.csv") == tmp_path / "csv" / "a.csv"
+    with pytest.raises(FileNotFoundError, match=r"neither .* nor a folder in it holds b\.csv: name another one"):
+        find("b.csv")

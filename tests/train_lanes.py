@@ -61,6 +61,7 @@ if __name__ == "__main__":
     parser.add_argument("--schedule", default="one_f_one_b")
     parser.add_argument("--die", nargs=2, action="append", default=[], metavar=("RANK", "SECONDS"),
                         help="this rank kills itself so many seconds after the first step")
+    parser.add_argument("--ahead", type=int, default=0, help="batches that a thread reads ahead")
     args = parser.parse_args()
 
     from mpiml.parallel import Grid, RanksLost, evaluate, gradient, place
@@ -73,7 +74,8 @@ if __name__ == "__main__":
     for rank, seconds in args.die:
         if grid.rank == int(rank):
             threading.Timer(float(seconds), os.kill, (os.getpid(), signal.SIGKILL)).start()
-    train(net, step, x, y, 512, 50, RanksLost, grid=grid, multiple=4 if args.model == "conv_net" else 1)
+    train(net, step, x, y, 512, 50, RanksLost, grid=grid, multiple=4 if args.model == "conv_net" else 1,
+          ahead=args.ahead)
     weights = net.collect()
     if grid.rank == 0:
         print("weights", digest(weights))

@@ -1,8 +1,12 @@
 """Batches of a data set: this rank's share of each, every sample exactly once per epoch."""
 
+import contextlib
+
 import numpy as np
 
 from mpiml.random import generator
+
+from .prefetch import prefetching
 
 
 def share(n, rank, ranks, multiple=1, lanes=None):
@@ -51,12 +55,15 @@ class batches:
         what is random should be a function of those, the epoch and a seed, so that it is the same on any grid.
     start : int
         The first so many batches of the epoch are left out: a training that goes on has had them.
+    ahead : int
+        So many batches are read, augmented and transformed ahead, in a thread, while the model computes: where that takes
+        time, and there is a core for it or it waits for a disk. What it calls must not call MPI.
 
     Raises
     ------
     ValueError
         There are no samples, fewer samples or smaller batches than ranks, x and y differ in length, or ``size`` or
-        ``multiple`` is not a whole number above 0.
+        ``multiple`` is not a whole number above 0, ``start`` or ``ahead`` not one from 0.
     mpiml.parallel.RankError
         The ranks hold data of different lengths, or ask for different batches.
 
@@ -67,7 +74,7 @@ class batches:
     """
 
     def __init__(self, x, y, size, *, epoch=0, seed=0, shuffle=True, grid=None, multiple=1, transform=None, augment=None,
-                 start=0):
+                 start=0, ahead=0):
         ranks = grid.data if grid else 1
         for name, value in ("size", size), ("multiple", multiple):
             if not isinstance(value, (int, np.integer)) or value < 1:
@@ -87,25 +94,32 @@ class batches:
         self.augment, self.epoch, self.grid, self.multiple = augment, epoch, grid, multiple
         if not isinstance(start, (int, np.integer)) or not 0 <= start * size < len(x):
             raise ValueError(f"start is the number of a batch, from 0 to {-(-len(x) // size) - 1}, not {start!r}")
-        self.start = start
+        if not isinstance(ahead, (int, np.integer)) or ahead < 0:
+            raise ValueError(f"ahead is a number of batches to be read ahead, a whole number from 0, not {ahead!r}")
+        self.start, self.ahead = start, ahead
         self.order = generator(seed, "shuffle", epoch).permutation(len(x)) if shuffle else np.arange(len(x))
 
     def __len__(self):
         return -(-len(self.x) // self.size) - self.start
 
     def __iter__(self):
-        grid = self.grid
-        for begin in range(self.start * self.size, len(self.x), self.size):
-            batch = self.order[begin:begin + self.size]
-            tries = None
-            # Once, and once more in other shares whenever a step was undone. Ranks that were lost elsewhere, in an evaluation,
-            # say, undid no step.
-            while tries != (now := grid.undone if grid else 0):
-                tries = now
-                rank, ranks, lanes = (grid.replica, grid.data, grid.lanes) if grid else (0, 1, None)
-                start, stop = share(len(batch), rank, ranks, self.multiple, lanes)
-                mine = batch[start:stop]
-                x = self.x[mine]
-                if self.augment:
-                    x = self.augment(x, mine, self.epoch)
-                yield (self.transform(x) if self.transform else x), self.y[mine]
+        with prefetching(self._share) if self.ahead else contextlib.nullcontext(lambda wanted: self._share(*wanted)) as get:
+            numbers = range(self.start, self.start + len(self))
+            for i in range(len(numbers)):
+                tries = None
+                # Once, and once more in other shares whenever a step was undone. Ranks that were lost elsewhere, in an
+                # evaluation, say, undid no step.
+                while tries != (now := self.grid.undone if self.grid else 0):
+                    tries = now
+                    place = (self.grid.replica, self.grid.data) if self.grid else (0, 1)
+                    yield get(*((number, *place) for number in numbers[i:i + 1 + self.ahead]))
+
+    def _share(self, number, rank, ranks):
+        """The share of one batch that falls to a rank."""
+        batch = self.order[number * self.size:(number + 1) * self.size]
+        start, stop = share(len(batch), rank, ranks, self.multiple, self.grid.lanes if self.grid else None)
+        mine = batch[start:stop]
+        x = self.x[mine]
+        if self.augment:
+            x = self.augment(x, mine, self.epoch)
+        return (self.transform(x) if self.transform else x), self.y[mine]

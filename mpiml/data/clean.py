@@ -76,12 +76,12 @@ def clean(table, target=None, classes=None, *, missing="keep", wrong="error", du
         infinite, nan = np.isinf(values), np.isnan(values) & ~texts & (table[name] != "")
         report.tell(table, infinite, name, "infinite", "taken for missing")
         report.tell(table, nan, name, "not a number", "taken for missing")
-        table = table.replace(name, np.where(infinite | nan, "", table[name]))
+        table = _blank(table, name, infinite | nan)
         if wrong == "drop":
             table = report.drop(table, texts, name, "of another type")
         else:
             report.tell(table, texts, name, "of another type", "taken for missing")
-            table = table.replace(name, np.where(texts, "", table[name]))
+            table = _blank(table, name, texts)
     if target is not None:
         table = report.drop(table, table[target] == "", target, "missing in the target")
         if classes is not None:
@@ -141,10 +141,15 @@ class _Report:
         return lines
 
 
+def _blank(table, name, rows):
+    """The table with missing values in a column."""
+    return table.replace(name, np.where(rows, "", table[name])) if rows.any() else table
+
+
 def _copies(table, grid):
     """Which rows are the same as an earlier one, on whatever rank."""
     columns = zip(*(table[name].tolist() for name in table.names), strict=True) if table.names else ()
-    mine = b"".join(hashlib.blake2b(json.dumps(row).encode(), digest_size=16).digest() for row in columns)
+    mine = b"".join(hashlib.blake2b(repr(row).encode(), digest_size=16).digest() for row in columns)
     digests = grid.rows(np.frombuffer(mine, np.uint64).reshape(-1, 2))
     order = np.lexsort(digests.T)  # stable: equal rows stay in their order
     copies = np.zeros(len(digests), bool)
@@ -155,6 +160,9 @@ def _copies(table, grid):
 
 def _constants(table, grid):
     """{column: the value that all rows have}."""
-    mine = [sorted(set(table[name].tolist()))[:2] for name in table.names]
+    mine = []
+    for name in table.names:
+        column = table[name]
+        mine.append([*column[:1], *column[column != column[:1]][:1]])  # two different ones say as much as many
     values = [set().union(*some) for some in zip(*map(json.loads, grid.texts(json.dumps(mine))), strict=True)]
     return {name: min(some) for name, some in zip(table.names, values, strict=True) if len(some) == 1}

@@ -1,16 +1,16 @@
 """MNIST (LeCun, Cortes and Burges 1998), and the smaller digits that stand in where it cannot be had."""
 
 import importlib.util
-import os
 import sys
-import threading
 from pathlib import Path
 
 import numpy as np
 
 from mpiml.random import generator
 
+from .download import download, locate
 from .idx import read_idx
+from .images import normalize
 
 # MD5 of the files as their authors packed them.
 FILES = {
@@ -20,7 +20,6 @@ FILES = {
     "t10k-labels-idx1-ubyte.gz": "ec29112dd5afa0611ce80d1b7f02629c",
 }
 MIRRORS = ("https://ossci-datasets.s3.amazonaws.com/mnist/", "https://storage.googleapis.com/cvdf-datasets/mnist/")
-PATIENCE = 5.0  # seconds until a silent server counts as unreachable
 
 
 def mnist(folder=None, grid=None):
@@ -50,18 +49,11 @@ def mnist(folder=None, grid=None):
     ValueError
         A file is damaged, or is not what its name says.
     """
-    folder = folder or os.environ.get("MPIML_DATA")
-    if grid:  # some launchers do not hand the variable on to other nodes
-        grid.same("whether a folder with MNIST was named, by argument or MPIML_DATA,", bool(folder))
+    folder, problem = locate(("mnist",), fetch, folder, grid)
     if folder:
-        folder = Path(folder)
-        return load(folder / "mnist" if (folder / "mnist").is_dir() else folder, grid)
-    cache, problem = grid.once_per_node(fetch) if grid else fetch()
-    reached = grid.all(cache is not None) if grid else cache is not None
-    if reached:
-        return load(cache, grid)
+        return load(folder, grid)
     if grid is None or grid.rank == 0:
-        print(f"mpiml: MNIST is not at hand ({problem or 'another node could not get it'}): using the 1,797 digits of "
+        print(f"mpiml: MNIST is not at hand ({problem}): using the 1,797 digits of "
               f"scikit-learn; mnist(FOLDER) or MPIML_DATA can name a folder with the IDX files", file=sys.stderr, flush=True)
     return digits()
 
@@ -99,58 +91,9 @@ def _find(folder, name):
                             f"--data or MPIML_DATA, or name none to download them")
 
 
-def cache_folder():
-    """The folder of the user's cache that downloads go to."""
-    import pooch
-    return Path(pooch.os_cache("mpiml")) / "mnist"
-
-
 def fetch():
-    """Download MNIST into the user's cache, unless it is there.
-
-    Returns
-    -------
-    (folder, None) or (None, reason)
-        The cache's folder; or, if no server could be reached within seconds, why.
-    """
-    try:
-        import pooch
-        import requests
-    except ImportError:
-        return None, "downloading needs pooch: pip install 'mpiml[examples]'"
-    folder = cache_folder()
-    if all((folder / name).is_file() for name in FILES):
-        return str(folder), None
-    pooch.get_logger().setLevel("WARNING")
-    problem = "no server answered"
-    for mirror in MIRRORS:
-        if not _answers(mirror + next(iter(FILES)), requests):
-            continue
-        store = pooch.create(folder, mirror, registry={name: f"md5:{md5}" for name, md5 in FILES.items()})
-        try:
-            for name in FILES:  # each to a temporary file, which is then checked and renamed
-                store.fetch(name, downloader=pooch.HTTPDownloader(timeout=PATIENCE))
-        except (OSError, ValueError) as error:  # unreachable or no space, or another checksum
-            problem = f"{type(error).__name__}: {error}".splitlines()[0]
-        else:
-            return str(folder), None
-    return None, problem
-
-
-def _answers(url, requests):
-    # In a thread, since the look-up of a host name has no time limit of its own.
-    answered = []
-
-    def ask():
-        try:
-            answered.append(requests.head(url, timeout=PATIENCE, allow_redirects=True).ok)
-        except Exception:  # also what requests lets through, of a wrong certificate path or proxy, say
-            answered.append(False)
-
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(PATIENCE)
-    return answered == [True]
+    """Download MNIST into the user's cache, unless it is there: (folder, None), or (None, reason)."""
+    return download("mnist", FILES, MIRRORS)
 
 
 def digits():
@@ -171,4 +114,4 @@ def digits():
 
 def pixels(images):
     """Images of uint8 as float32 with MNIST's mean and standard deviation taken out."""
-    return (images.astype(np.float32) - np.float32(33.3184)) * np.float32(1 / 78.5675)
+    return normalize(images, 33.3184, 78.5675)

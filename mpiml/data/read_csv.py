@@ -32,6 +32,7 @@ def read_csv(path, names=None, *, header=None, missing=MISSING, separator=",", q
     missing : sequence of str
         What stands for a missing value.
     separator : str
+        One character of ASCII.
     quotes : bool
         False: quotes are characters like any other, and a line is a row.
     ragged : "error" or "drop"
@@ -58,6 +59,8 @@ def read_csv(path, names=None, *, header=None, missing=MISSING, separator=",", q
     for name, value, choices in ("ragged", ragged, ("error", "drop")), ("errors", errors, ("strict", "replace", "ignore")):
         if value not in choices:
             raise ValueError(f"{name} is {' or '.join(map(repr, choices))}, not {value!r}")
+    if len(separator) != 1 or not separator.isascii() or separator in "\"\r\n":
+        raise ValueError(f"separator is one character of ASCII, neither a quote nor a line end, not {separator!r}")
     parser = Parser(os.fspath(path), separator, quotes, errors)
     grid = grid or Alone()
     return grid.again(_read, parser, names, header, frozenset(missing), ragged, grid)
@@ -65,6 +68,7 @@ def read_csv(path, names=None, *, header=None, missing=MISSING, separator=",", q
 
 def _read(parser, names, header, missing, ragged, grid):
     path, reading = parser.path, f"reading {parser.path}"
+    parser.notes.clear()
     found = records(path, parser.quotes, grid)
     first = grid.together(reading, lambda: [[line, *row] for line, row in parser(found[:1])])
     # The first record of all is that of the first rank that has any.
@@ -72,12 +76,15 @@ def _read(parser, names, header, missing, ragged, grid):
     if not firsts:
         raise ValueError(f"{path} is empty: no line has text in it")
     owner, (line, *fields) = firsts[0]
+    fields = [field.strip() for field in fields]
     names = _columns(f"{path}, line {line}", fields, names, header)
     if header and owner == grid.rank:
         del found[0]
+    else:
+        parser.notes.clear()  # of the first record, which is parsed again
     table = grid.together(reading, _table, parser, found, names, missing, ragged)
     if not any(map(int, grid.texts(str(len(table))))):
-        raise ValueError(f"{path} has a header, but no rows")
+        raise ValueError(f"{path} has {'a header, but ' * header}no rows")
     return table
 
 
@@ -102,10 +109,9 @@ def _columns(where, fields, names, header):
 def _table(parser, found, names, missing, ragged):
     """The table of these records."""
     rows, lines, notes = [], [], parser.notes
-    notes.clear()  # the first record has been parsed before
     for line, row in parser(found):
         if len(row) == len(names):
-            rows.append(["" if field in missing else field for field in row])
+            rows.append(row)
             lines.append(line)
             continue
         problem = f"{parser.path}, line {line} has {len(row)} fields, but there are {len(names)} columns"
@@ -114,7 +120,20 @@ def _table(parser, found, names, missing, ragged):
                              f"read_csv(..., ragged=\"drop\")")
         notes.append(f"{problem}: dropped")
     columns = zip(*rows, strict=True) if rows else [()] * len(names)
+    columns = [np.array(list(map(Values(missing).__getitem__, column)), object) for column in columns]
     return Table(dict(zip(names, columns, strict=True)), np.array(lines, np.int64), parser.path, notes)
+
+
+class Values(dict):
+    """What the fields of a column stand for: stripped, and empty if missing; equal ones share their memory."""
+
+    def __init__(self, missing):
+        self.missing = missing
+
+    def __missing__(self, field):
+        text = field.strip()
+        self[field] = text = "" if text in self.missing else text
+        return text
 
 
 class Parser:
@@ -126,13 +145,13 @@ class Parser:
 
     def __call__(self, found):
         rows = csv.reader((self.text(line, record) for line, record in found), delimiter=self.separator,
-                          quoting=csv.QUOTE_MINIMAL if self.quotes else csv.QUOTE_NONE, skipinitialspace=True)
+                          quoting=csv.QUOTE_MINIMAL if self.quotes else csv.QUOTE_NONE, skipinitialspace=self.separator != " ")
         for line, _ in found:
             try:
                 row = next(rows)  # one for each record, since a record ends where the reader takes it to end
             except csv.Error as error:
-                raise ValueError(f"{self.path}, line {line}: {error}") from error
-            yield line, [field.strip() for field in row]
+                raise ValueError(f"{self.path}, line {line}: {error}; csv.field_size_limit(N) sets another") from error
+            yield line, row
 
     def text(self, line, record):
         where = f"{self.path}, line {line}"

@@ -18,7 +18,7 @@ def split(labels, fractions, seed=0, grid=None):
     labels : array (n,) of integers or texts, or int
         What is to be as frequent in the parts: a column of a :class:`Table`, say. A number n: there are n rows, all alike.
     fractions : sequence of float
-        The size of each part, such as (0.8, 0.1, 0.1). Each label's rows are divided so, up to rounding.
+        The size of each part, such as (0.8, 0.1, 0.1). Each label's rows are divided so, too, up to a row or two.
     seed : int
     grid : mpiml.parallel.Grid, optional
         Each rank has labels of rows of its own, and gets the numbers of its own rows: those of all ranks together are
@@ -52,14 +52,19 @@ def split(labels, fractions, seed=0, grid=None):
     codes = np.array([known[label] for label in labels.tolist()], np.int64)
     start = sum(map(int, grid.texts(str(len(codes)))[:grid.rank]))
     everyones = grid.rows(codes)
-    part = np.empty(len(everyones), np.int64)
-    for code, value in enumerate(values):
-        rows = np.flatnonzero(everyones == code)
-        edges = np.rint(np.cumsum(fractions) * len(rows))
-        order = generator(seed, "split", value).permutation(len(rows))
-        part[rows[order]] = np.searchsorted(edges, np.arange(len(rows)), side="right")
-    sizes = np.bincount(part, minlength=len(fractions)).tolist()
+    sizes = np.diff(np.rint(np.cumsum([0, *fractions]) * len(everyones)).astype(int)).tolist()
     if not all(sizes):
-        raise ValueError(f"{len(part)} rows in parts of {tuple(fractions)} make parts of {sizes} rows: none may be empty")
+        raise ValueError(f"{len(everyones)} rows in parts of {tuple(fractions)} make parts of {sizes} rows: none may be empty")
+    # The rows, label by label and shuffled within each, fall to the parts in turns that are as even as can be: those of
+    # every part are equally spaced.
+    turns = np.concatenate([(np.arange(size) + 0.5) / size for size in sizes])
+    part = np.empty(len(everyones), np.int64)
+    part[_shuffled(everyones, values, seed)] = np.repeat(np.arange(len(sizes)), sizes)[np.argsort(turns, kind="stable")]
     mine = part[start:start + len(codes)]
     return [np.flatnonzero(mine == number) for number in range(len(fractions))]
+
+
+def _shuffled(codes, values, seed):
+    """The numbers of the rows, those of each label behind each other, in random order."""
+    rows = np.split(np.argsort(codes, kind="stable"), np.cumsum(np.bincount(codes, minlength=len(values)))[:-1])
+    return np.concatenate([generator(seed, "split", value).permutation(some) for value, some in zip(values, rows, strict=True)])

@@ -117,6 +117,8 @@ class Table:
 
 
 def _texts(column):
+    if isinstance(column, np.ndarray) and column.dtype == object and set(map(type, column.tolist())) <= {str}:
+        return column
     known = {}  # so that equal texts share their memory
     texts = ("" if value is None else str(value) for value in column)
     return np.array([known.setdefault(text, text) for text in texts], object)
@@ -129,8 +131,13 @@ def numbers(column):
     (array([1.5, nan, inf, nan]), array([False, False, False,  True]))
     """
     texts = column.tolist()
-    known = {text: float(text) if is_number(text) else np.nan for text in set(texts)}
-    wrong = {text for text in known if text and text.lower() != "nan" and not is_number(text)}
+    if "_" not in "".join(texts):
+        try:
+            return np.array([float(text) if text else np.nan for text in texts]), np.zeros(len(texts), bool)
+        except ValueError:
+            pass  # some are not; and what are few different texts are parsed once each
+    wrong = {text for text in set(texts) if text and not is_number(text)}
+    known = {text: np.nan if text == "" or text in wrong else float(text) for text in set(texts)}
     return np.array([known[text] for text in texts], np.float64), np.array([text in wrong for text in texts], bool)
 
 

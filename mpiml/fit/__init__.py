@@ -6,6 +6,7 @@ to be read: whoever needs more copies it and changes it.
 
 from .callbacks import Best, EarlyStopping
 from .loop import fit
+from .tensorboard import TensorBoard
 from .training import Training
 
-__all__ = ["Best", "EarlyStopping", "Training", "fit"]
+__all__ = ["Best", "EarlyStopping", "TensorBoard", "Training", "fit"]

@@ -5,6 +5,7 @@ from time import perf_counter
 
 import numpy as np
 
+from mpiml.balance import imbalance
 from mpiml.data.batches import batches
 from mpiml.lanes import samples_together
 from mpiml.optim import clip_norm
@@ -15,8 +16,8 @@ from .training import Training
 
 
 def fit(model, loss, data, grid, optimizer, *, batch, epochs, seed=0, validation=None, metrics=None, transform=None,
-        augment=None, microbatches=None, clip=None, callbacks=(), run=None, resume=False, settings=None, minutes=10.0,
-        every=None, say=print):
+        augment=None, ahead=0, microbatches=None, clip=None, callbacks=(), watch=None, run=None, resume=False,
+        settings=None, minutes=10.0, every=None, say=print):
     """Train a model, on any grid; to be called on all ranks together.
 
     Parameters
@@ -45,16 +46,21 @@ def fit(model, loss, data, grid, optimizer, *, batch, epochs, seed=0, validation
         Applied to each share of x, in training and validation.
     augment : function of (array, samples, epoch), optional
         Applied in training alone, before ``transform``; see :class:`mpiml.data.batches`.
+    ahead : int
+        So many batches are read ahead in a thread; see :class:`mpiml.data.batches`.
     microbatches : int, optional
         See :func:`mpiml.parallel.gradient`.
     clip : float, optional
         Clip the norm of the gradient to this, see :func:`mpiml.optim.clip_norm`.
     callbacks : list of functions of a Training
         Called after each epoch, in order; see :class:`mpiml.fit.Training`.
+    watch : mpiml.parallel.Watch, optional
+        Is started anew at each epoch; give one to ask it for more at the end.
     run : str or path, optional
         A folder for the log, the timeline of a step and the checkpoints of this run; ``python -m mpiml report`` draws it.
-    resume : bool
-        Go on from the newest checkpoint in the folder, if there is one. Without it, a folder with checkpoints is refused.
+    resume : bool or int
+        True: go on from the newest checkpoint in the folder, if there is one; a number: from that after so many steps. Without
+        it, a folder with checkpoints is refused.
     settings : dict, optional
         What else must not change from a checkpoint to its resumption, beside batch, seed and lanes.
     minutes, every : float or None, int or None
@@ -78,13 +84,14 @@ def fit(model, loss, data, grid, optimizer, *, batch, epochs, seed=0, validation
     if run is None and (resume or every):
         raise ValueError("resume and every are about checkpoints, which need a folder: give run=FOLDER")
     training = Training(model, grid, optimizer, run and str(run))
-    history, kept, watch = training.history, [], Watch()  # kept: the history as JSON can carry it
+    history, kept = training.history, []  # kept: the history as JSON can carry it
+    watch = watch or Watch()
     step = gradient(model, loss, grid, microbatches, watch=watch)
     multiple = samples_together(model.whole(), grid.lanes or grid.data * model.microbatches)
 
     def shares(epoch, start=0):
         return batches(*data, batch, epoch=epoch, seed=seed, grid=grid, multiple=multiple, transform=transform,
-                       augment=augment, start=start)
+                       augment=augment, start=start, ahead=ahead)
 
     _load_kernels(model, step, shares(0))
     length, total = len(shares(0)), 0.0
@@ -96,12 +103,13 @@ def fit(model, loss, data, grid, optimizer, *, batch, epochs, seed=0, validation
         if not resume:
             checkpoints.claim(total=total, history=kept)
         else:
-            at = checkpoints.load(total=total, history=kept)
+            at = checkpoints.load(None if resume is True else resume, total=total, history=kept)
             total, kept = at["total"], at["history"]
             history[:] = [{name: float(value) if isinstance(value, str) else value for name, value in epoch.items()}
                           for epoch in kept]
             if optimizer.steps and say and grid.rank == 0:
                 say(f"{optimizer.steps} of {epochs * length} steps are done")
+    uneven = None  # which ranks keep the others waiting
     log = grid.together(f"opening the log in {run}", Log, run, grid)
     try:
         log.run(grid, batch, len(data[0]), sum(p.size for p in model.whole().named().values()))
@@ -140,6 +148,8 @@ def fit(model, loss, data, grid, optimizer, *, batch, epochs, seed=0, validation
             log.epoch(history[-1], times)
             if say and grid.rank == 0:
                 say(line(history[-1]))
+                if not uneven and (uneven := imbalance(times["compute"])):
+                    say(f"uneven load: {uneven}")
             stop = _stop(training, callbacks)
             if checkpoints:
                 checkpoints.step(total=total, history=kept)
@@ -185,8 +195,8 @@ def line(epoch):
     """What an epoch came to, in a line of text.
 
     >>> line({"epoch": 2, "step": 20, "loss": 0.5, "validation accuracy": 0.75, "lr": 1e-3, "samples/s": 12345.6})
-    'epoch 2: loss 0.50000, validation accuracy 0.7500, 12,346 samples/s'
+    'epoch 2: loss 0.500000, validation accuracy 0.7500, 12,346 samples/s'
     """
-    values = [f"{name} {epoch[name]:.{5 if name == 'loss' else 4}f}" for name in epoch
+    values = [f"{name} {epoch[name]:.{6 if name == 'loss' else 4}f}" for name in epoch
               if name == "loss" or name.startswith("validation ")]
     return f"epoch {epoch['epoch']}: {', '.join(values)}, {epoch['samples/s']:,.0f} samples/s"

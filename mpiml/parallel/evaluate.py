@@ -52,6 +52,6 @@ def _evaluate(model, x, y, metrics, grid, size, transform):
     runs = runs_of(x, grid, size)
     sums = np.zeros((-(-len(x) // size), len(metrics)))
     for (start, stop), output in stream(model, x, grid, runs, transform):
-        sums[start // size] = [float(metric(output, y[start:stop])) for metric in metrics.values()]
+        sums[start // size] = [float(metric(output, np.asarray(y[start:stop]))) for metric in metrics.values()]
     grid.comm.Allreduce(MPI.IN_PLACE, sums, MPI.SUM)  # adds zeros only, which is exact
     return {name: math.fsum(column) / len(x) for name, column in zip(metrics, sums.T, strict=True)}

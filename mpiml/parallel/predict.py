@@ -80,7 +80,7 @@ def stream(model, x, grid, runs, transform=None):
     Every rank of the replica must take all that is yielded.
     """
     def inputs(run):
-        part = x[slice(*run)]
+        part = np.asarray(x[slice(*run)])
         return transform(part) if transform else part
 
     if not isinstance(model, Part):

@@ -39,6 +39,11 @@ class Watch:
         self._reduce = array("d")
         self.start = perf_counter()
 
+    @property
+    def steps(self):
+        """Number of steps that were recorded since the start."""
+        return len(self._reduce)
+
     def action(self, step, action, begin, arrived, done, sent):
         """Note a computation of a step: when it began to wait for its message, had it, was done, and had sent its own."""
         self._actions.append((step, action, begin, arrived, done, sent))

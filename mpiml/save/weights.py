@@ -146,7 +146,7 @@ def read_model(path, layers=None):
                          f"load(model, path) takes them")
     with open(path, "rb") as file:
         content = file.read()
-    arrays, text = read(content, path), text_of(content, path)
+    arrays, text = dict(sorted(read(content, path).items())), text_of(content, path)
     del content
     if text is None:
         raise ValueError(f"{path} holds weights, but no description of their model: load(model, path) takes them, and "

@@ -50,7 +50,7 @@ def text(timeline, width=240):
 
 
 def picture(timelines, path, unit=""):
-    """Write timelines, one below the other on one scale of time, as a picture.
+    """Write timelines as a picture, see :func:`figure`.
 
     Parameters
     ----------
@@ -66,6 +66,28 @@ def picture(timelines, path, unit=""):
     ImportError
         matplotlib is not installed.
     """
+    figure(timelines, unit).savefig(path, dpi=150)
+
+
+def figure(timelines, unit=""):
+    """Timelines, one below the other on one scale of time, as a figure of matplotlib.
+
+    Parameters
+    ----------
+    timelines : {str: Timeline}
+        With their titles.
+    unit : str
+        Of the times, such as "s".
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+
+    Raises
+    ------
+    ImportError
+        matplotlib is not installed.
+    """
     try:
         from matplotlib.figure import Figure  # not pyplot: no window, no state shared with the caller's plots
         from matplotlib.patches import Patch
@@ -73,9 +95,9 @@ def picture(timelines, path, unit=""):
     except ImportError as error:
         raise ImportError("pictures of timelines are drawn by matplotlib: pip install 'mpiml[draw]'") from error
     stages = sum(len(timeline.spans) for timeline in timelines.values())
-    figure = Figure(figsize=(12, 0.9 + 0.42 * stages + 0.7 * len(timelines)), layout="constrained")
+    whole = Figure(figsize=(12, 0.9 + 0.42 * stages + 0.7 * len(timelines)), layout="constrained")
     heights = [len(timeline.spans) for timeline in timelines.values()]
-    rows = figure.subplots(len(timelines), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
+    rows = whole.subplots(len(timelines), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
     longest = max(timeline.makespan for timeline in timelines.values())
     kinds = set()
     for axes, (title, timeline) in zip(rows, timelines.items(), strict=True):
@@ -85,11 +107,13 @@ def picture(timelines, path, unit=""):
             for span in spans:
                 kind, length = type(span.action), span.end - span.start
                 kinds.add(kind)
-                axes.barh(stage, length, 0.86, span.start - first, color=_COLOURS[kind], edgecolor="white", linewidth=0.5,
+                axes.barh(stage, length, 0.86, span.start - first, color=_COLOURS[kind], edgecolor="white",
+                          linewidth=0.5 if length > longest * 0.002 else 0,  # an edge would hide what is shorter
                           alpha=1 - 0.7 * held.index(span.action.chunk) / len(held))
                 label = str(span.action.microbatch)
                 if length > longest * 0.008 * len(label):
-                    axes.text(span.start - first + length / 2, stage, label, ha="center", va="center", fontsize=8)
+                    axes.text(span.start - first + length / 2, stage, label, ha="center", va="center", fontsize=8,
+                              color="black")
         axes.set_title(f"{title}: bubble {timeline.bubble:.1%}", loc="left", fontsize=10)
         axes.set_yticks(range(len(timeline.spans)), [f"stage {stage}" for stage in range(len(timeline.spans))])
         axes.invert_yaxis()
@@ -104,5 +128,5 @@ def picture(timelines, path, unit=""):
     patches = [Patch(color=_COLOURS[kind], label=names[kind]) for kind in names if kind in kinds]
     if any(len(_held(spans)) > 1 for timeline in timelines.values() for spans in timeline.spans):
         patches.append(Patch(color="#bbbbbb", alpha=0.5, label="lighter: a stage's later chunks"))
-    figure.legend(handles=patches, loc="outside upper right", ncols=4, frameon=False, fontsize=9)
-    figure.savefig(path, dpi=150)
+    whole.legend(handles=patches, loc="outside upper right", ncols=4, frameon=False, fontsize=9)
+    return whole
