@@ -102,8 +102,9 @@ steps = args.epochs * len(batches(x, y, args.batch, grid=grid))
 rise = min(100, -(-steps // 10))
 lr = warmup(cosine(args.lr, max(1, steps - rise), args.lr / 10), rise)
 optimizer = AdamW(model, lr, betas=(0.9, 0.99), weight_decay=0.1)
-history = fit(model, loss, (x, y), grid, optimizer, batch=args.batch, epochs=args.epochs, seed=args.seed, validation=validation,
-              clip=1.0, run=args.run, resume=args.resume, settings={"letters": letters.tokens, "context": args.context})
+history = fit(model, loss, (x, y), grid, optimizer, batch=args.batch, epochs=args.epochs, seed=args.seed,
+              validation=validation, clip=1.0, run=args.run, resume=args.resume,
+              settings={"letters": "".join(letters.tokens), "context": args.context})
 
 last = history[-1]
 say(f"validation loss {last['validation loss']:.4f} nats per letter, {last['samples/s'] * args.context:,.0f} letters/s")
