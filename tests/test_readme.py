@@ -11,6 +11,23 @@ from launch import ROOT, environment, mpirun
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 OFFLINE = {"HTTPS_PROXY": "http://127.0.0.1:9"}
 
+FAULTS = {  # the first words of each row of the table "If something goes wrong": the tests of what it says
+    "an exception on one rank": "test_launch.test_a_failing_rank_ends_the_job test_killed.test_a_job_that_is_disturbed",
+    "`sys.exit(n)`": "test_launch.test_sys_exit_on_one_rank_ends_the_job_with_its_status",
+    "a rank leaves the program": "test_launch.test_ranks_that_part_company_do_not_hang",
+    "ranks do different things": "test_launch.test_ranks_that_part_company_do_not_hang "
+                                 "test_killed.test_a_job_that_is_disturbed",
+    "a rank is killed or crashes": "test_launch.test_ranks_that_part_company_do_not_hang test_restart.test_a_killed_job "
+                                   "test_launch.test_training_outlives_ranks",
+    "a rank is late": "test_launch.test_the_watchdog_tells_who_is_late test_killed.test_a_job_that_is_disturbed",
+    "a rank fails before": "test_launch.test_a_rank_that_fails_before_it_starts_mpi",
+    "a checkpoint cannot be written": "test_checkpoint.test_a_full_disk test_killed.test_a_job_that_is_disturbed",
+    "all is killed": "test_killed.test_a_job_that_is_disturbed test_restart.test_training_that_is_killed",
+    "a batch makes the loss": "test_launch.test_a_failing_rank_ends_the_job test_parallel.test_a_nan_is_reported_by_all",
+    "ranks were given different": "test_parallel.test_ranks_that_differ_are_told_so "
+                                  "test_parallel.test_weights_and_data_that_differ_are_refused",
+}
+
 pytestmark = pytest.mark.launch
 
 
@@ -112,3 +129,13 @@ def test_links_lead_somewhere():
                 assert not path or (page.parent / path).exists(), f"{page.name}: {target}"
                 headings = re.findall(r"^#+ (.*)", (page.parent / path if path else page).read_text(), re.M)
                 assert not heading or heading in [re.sub(r"[^\w -]", "", h).lower().replace(" ", "-") for h in headings], target
+
+
+def test_each_fault_that_is_promised_an_end_has_a_test():
+    table = re.search(r"\| what happens .*\n.*\n((?:\|.*\n)+)", (ROOT / "docs/faults.md").read_text())[1]
+    for row in table.splitlines():
+        tests = [tests for words, tests in FAULTS.items() if row.startswith(f"| {words}")]
+        assert len(tests) == 1, row
+        for test in tests[0].split():
+            file, name = test.split(".")
+            assert f"def {name}" in (ROOT / "tests" / f"{file}.py").read_text(), test

@@ -78,8 +78,8 @@ class Fault:
     Parameters
     ----------
     kind : str
-        ``raise``, ``stop``, ``fill`` (the disk), or what is left out once: ``step``, ``save``, or ``collective``, a message
-        of mpiml's to all.
+        ``raise``, ``stop``, ``fill`` (the disk), ``kill`` (the whole job), or what is left out once: ``step``, ``save``, or
+        ``collective``, a message of mpiml's to all.
     step, delay : int, float
         So many seconds after so many steps, or after the start of MPI if these are -1.
     passes : float or None
@@ -112,6 +112,8 @@ class Fault:
             os.kill(os.getpid(), signal.SIGSTOP)
         elif self.kind == "fill":
             self.fill()
+        elif self.kind == "kill":
+            self.kill_all()
         else:
             self.leave_out = self.kind
 
@@ -127,6 +129,14 @@ class Fault:
                     continue
                 time.sleep(0.001)  # for the moment it is full
         os.remove(path)
+
+    def kill_all(self):
+        mark, me = f"MPIML_TEST_JOB={os.environ['MPIML_TEST_JOB']}".encode(), os.getpid()
+        for pid in [int(name) for name in os.listdir("/proc") if name.isdigit() and int(name) != me]:
+            with contextlib.suppress(OSError), open(f"/proc/{pid}/environ", "rb") as file:
+                if mark in file.read():
+                    os.kill(pid, signal.SIGKILL)
+        os.kill(me, signal.SIGKILL)
 
     def may_leave_out(self, what, function):
         def call(*args):

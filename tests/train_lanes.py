@@ -62,7 +62,8 @@ if __name__ == "__main__":
     parser.add_argument("--die", nargs=2, action="append", default=[], metavar=("RANK", "SECONDS"),
                         help="this rank kills itself so many seconds after the first step")
     parser.add_argument("--ahead", type=int, default=0, help="batches that a thread reads ahead")
-    parser.add_argument("--evaluate", action="store_true", help="between each batch and its step")
+    parser.add_argument("--evaluate", type=int, metavar="RANK",
+                        help="evaluate between each batch and its step; this rank kills itself the tenth time")
     parser.add_argument("--fail", type=int, metavar="RANK", help="MPI fails on this rank, once, and nobody dies")
     args = parser.parse_args()
 
@@ -84,11 +85,18 @@ if __name__ == "__main__":
 
         grid.replicas.Alltoallv = broken
 
+    calls, dies = itertools.count(), grid.rank == args.evaluate
+
+    def metric(output, target):
+        if dies and next(calls) == 10:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return cross_entropy(output, target)
+
     def evaluated(bx, by):
-        evaluate(net, x[:100], y[:100], {"loss": cross_entropy}, grid)
+        evaluate(net, x[:100], y[:100], {"loss": metric}, grid, size=25)
         return step(bx, by)
 
-    train(net, evaluated if args.evaluate else step, x, y, 512, 50, RanksLost, grid=grid,
+    train(net, step if args.evaluate is None else evaluated, x, y, 512, 50, RanksLost, grid=grid,
           multiple=4 if args.model == "conv_net" else 1, ahead=args.ahead)
     weights = net.collect()
     if grid.rank == 0:
