@@ -25,9 +25,10 @@ from mpiml.parallel import Grid, gradient, place
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--rounds", type=int, default=25)
+parser.add_argument("--only", nargs=2, metavar=("MODEL", "BATCH"), help="one row, such as conv 8192")
 args = parser.parse_args()
 
-BATCHES = {"mlp": (512, 1920, 8192), "conv": (512, 1920)}
+BATCHES = {"mlp": (512, 1920, 8192), "conv": (512, 1920, 8192)}
 GRIDS = {"without": Grid(), **{f"{lanes} lanes": Grid(lanes=lanes) for lanes in (4, 8, 16, 32)}}
 
 
@@ -67,6 +68,8 @@ say(f"{GRIDS['without'].size} ranks, medians of {args.rounds} rounds\n")
 say(f"| model | batch | {' | '.join(GRIDS)} |\n|---|---|{'---|' * len(GRIDS)}")
 for build in mlp, conv:
     for size in BATCHES[build.__name__]:
+        if args.only not in (None, [build.__name__, str(size)]):
+            continue
         x = rng.standard_normal((size, 784) if build is mlp else (size, 1, 28, 28), np.float32)
         y = rng.integers(0, 10, size)
         runs = [trainer(build, grid, x, y) for grid in GRIDS.values()]

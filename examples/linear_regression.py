@@ -50,7 +50,7 @@ except FileNotFoundError as error:
     if args.data:
         parser.error(str(error))
     table = made_up()
-    say(f"made-up penguins: {error}")
+    say("no penguins.csv was named (--data FOLDER): these penguins are made up")
 table, report = clean(table, MASS)
 say(*report)
 features = Features.fit(table, MEASURES, dtype="float64")

@@ -246,7 +246,7 @@ def _options(path, use):
     if options.get("names") and "header" not in options:
         names, target = options["names"], getattr(use.target, "column", None)
         fields = _first(path, options.get("separator", ","))
-        if 2 * sum(field in names for field in fields) > len(fields):
+        if {name.casefold() for name in names} & {field.casefold() for field in fields}:  # a header, if perhaps a wrong one
             del options["names"]
         elif len(fields) == len(names) - 1:
             options["names"] = [name for name in names if name != target]

@@ -80,8 +80,8 @@ class batches:
             if not isinstance(value, (int, np.integer)) or value < 1:
                 raise ValueError(f"{name} is a number of samples, a whole number above 0, not {value!r}")
         if grid:
-            grid.same("the number of samples, the batch size, epoch, seed, shuffle, multiple and start",
-                      (len(x), int(size), epoch, seed, shuffle, int(multiple), start))
+            grid.same("what the batches are made of", {"samples": len(x), "size": int(size), "epoch": epoch, "seed": seed,
+                                                       "shuffle": shuffle, "multiple": int(multiple), "start": start})
         if len(x) != len(y):
             raise ValueError(f"x has {len(x)} samples but y has {len(y)}")
         if len(x) < ranks:

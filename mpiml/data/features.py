@@ -79,6 +79,9 @@ class Features:
             categories that it rather names the rows.
         """
         grid = grid or Alone()
+        without = [without] if isinstance(without, str) else without
+        for name in without:
+            table[name]  # refuses a name that is not there: a target that is misspelt here would be among the features
         if numbers is None and categories is None:
             numbers, categories = _kinds(table.without(*without), grid)
         numbers, categories = numbers or (), categories or ()

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import sys
+from pathlib import Path
 from time import monotonic, time
 
 import numpy as np
@@ -33,12 +34,16 @@ class Log:
     Numbers that are not finite are the strings "nan", "inf" and "-inf", as JSON has none.
     """
 
-    def __init__(self, folder, grid):
+    def __init__(self, folder, grid, resume):
         self._file = None
         self._begun = self._noted = monotonic()
         if folder and grid.rank == 0:
             os.makedirs(folder, exist_ok=True)
-            self._file = open(os.path.join(folder, NAME), "a", encoding="utf-8")
+            path = os.path.join(folder, NAME)
+            if not resume and os.path.exists(path) and '{"kind": "epoch"' in Path(path).read_text(encoding="utf-8"):
+                raise ValueError(f"{path} is the log of another run: go on with that one (fit: resume=True), or begin in another "
+                                 f"folder")
+            self._file = open(path, "a", encoding="utf-8")
             if self._file.tell() and not _ends_a_line(self._file.name):
                 self._file.write("\n")  # whoever wrote it was killed
 

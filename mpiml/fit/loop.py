@@ -83,6 +83,13 @@ def fit(model, loss, data, grid, optimizer, *, batch, epochs, seed=0, validation
         raise ValueError(f"epochs is a whole number above 0, not {epochs!r}")
     if run is None and (resume or every):
         raise ValueError("resume and every are about checkpoints, which need a folder: give run=FOLDER")
+    for name, pair in ("data", data), ("validation", validation or (0, 0)):
+        if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+            raise ValueError(f"{name} is a pair, (x, y), not {type(pair).__name__} of length {len(pair)}")
+    if optimizer.model is not model:
+        raise ValueError("the optimizer is one of another model: make it of what place(model, grid) returned, which is what fit "
+                         "trains")
+    _check_monitors(callbacks, validation, metrics)
     training = Training(model, grid, optimizer, run and str(run))
     history, kept = training.history, []  # kept: the history as JSON can carry it
     watch = watch or Watch()
@@ -94,6 +101,9 @@ def fit(model, loss, data, grid, optimizer, *, batch, epochs, seed=0, validation
                        augment=augment, start=start, ahead=ahead)
 
     _load_kernels(model, step, shares(0))
+    if validation:
+        first_of_validation = [part[:batch] for part in validation]  # what does not fit is seen now, not after an epoch
+        evaluate(model, *first_of_validation, {"loss": loss} | (metrics or {}), grid, transform=transform)
     length, total = len(shares(0)), 0.0
     checkpoints = None
     if run is not None:
@@ -108,9 +118,10 @@ def fit(model, loss, data, grid, optimizer, *, batch, epochs, seed=0, validation
             history[:] = [{name: float(value) if isinstance(value, str) else value for name, value in epoch.items()}
                           for epoch in kept]
             if optimizer.steps and say and grid.rank == 0:
-                say(f"{optimizer.steps} of {epochs * length} steps are done")
+                say(f"{optimizer.steps} of {epochs * length} steps are done" if optimizer.steps < epochs * length else
+                    f"{optimizer.steps} steps are done: nothing is left of {epochs} epochs")
     uneven = None  # which ranks keep the others waiting
-    log = grid.together(f"opening the log in {run}", Log, run, grid)
+    log = grid.together(f"opening the log in {run}", Log, run, grid, resume)
     try:
         log.run(grid, batch, len(data[0]), sum(p.size for p in model.whole().named().values()))
         stop = _stop(training, callbacks) if history and optimizer.steps % length == 0 else None
@@ -182,6 +193,21 @@ def _load_kernels(model, step, share):
         except RanksLost:
             continue
     model.steps, model.gradient[...] = number, 0
+
+
+def _check_monitors(callbacks, validation, metrics):
+    """Refuse at once what would be refused after the first epoch, perhaps hours later."""
+    known = ["loss", "lr", "samples/s", "seconds"]
+    if validation:
+        known += [f"validation {name}" for name in ("loss", *(metrics or {}))]
+    for callback in callbacks:
+        if isinstance(callback, type):
+            raise ValueError(f"a callback is a function or an object: {callback.__name__}(), not {callback.__name__}")
+        monitor = getattr(callback, "monitor", known[0])
+        if monitor not in known:
+            raise ValueError(f"{type(callback).__name__} looks at {monitor!r}, but the history will have "
+                             f"{', '.join(map(repr, known))}: for a validation loss or metric call fit(..., validation=(x, y), "
+                             f"metrics=...)")
 
 
 def _stop(training, callbacks):
