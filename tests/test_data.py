@@ -353,7 +353,7 @@ def test_pixels():
 # --- Batches --------------------------------------------------------------------------------------------------
 
 def grid(rank, ranks):
-    return SimpleNamespace(replica=rank, data=ranks, lanes=None, undone=0, generation=0, same=lambda what, value: None)
+    return SimpleNamespace(replica=rank, data=ranks, lanes=None, pipe=1, undone=0, generation=0, same=lambda what, value: None)
 
 
 def epoch(ranks, n, size, **options):
@@ -449,13 +449,29 @@ def test_batches_that_cannot_be(n, labels, ranks, options, message):
 
 def test_ranks_compare_what_they_ask_for():
     asked = []
-    ranks = SimpleNamespace(replica=0, data=1, lanes=None, undone=0, generation=0, same=lambda what, value: asked.append(value))
+
+    def same(what, value):
+        if what == "what the batches are made of":
+            asked.append(value)
+
+    ranks = SimpleNamespace(replica=0, data=1, lanes=None, pipe=1, undone=0, generation=0, same=same)
     base = {"size": 4, "epoch": 0, "seed": 0, "shuffle": True, "multiple": 1}
     for change in {}, {"size": 5}, {"epoch": 1}, {"seed": 1}, {"shuffle": False}, {"multiple": 2}:
         batches(np.zeros(8), np.zeros(8), grid=ranks, **(base | change))
     batches(np.zeros(9), np.zeros(9), grid=ranks, **base)
     batches(np.zeros(8), np.zeros(8), grid=ranks, **(base | {"size": np.int64(4)}))
     assert len(set(map(repr, asked))) == 7 and repr(asked[-1]) == repr(asked[0])
+
+
+@pytest.mark.parametrize("mine", [np.ones((9, 2)), np.arange(18.0).reshape(9, 2)])
+def test_ranks_compare_some_of_the_data(mine):
+    said = {}
+    ranks = SimpleNamespace(replica=0, data=1, lanes=None, pipe=1, undone=0, generation=0, same=said.__setitem__)
+    digests = []
+    for x in np.ones((9, 2)), mine:
+        batches(x, np.arange(9), 4, grid=ranks)
+        digests.append(next(value for what, value in said.items() if "grid.rows" in what))
+    assert (digests[0] == digests[1]) == (mine == 1).all()
 
 
 def test_transform_and_mapped_memory(tmp_path):

@@ -144,8 +144,19 @@ def test_wrong_arguments():
         train(1.5)
     with pytest.raises(ValueError, match="need a folder: give run=FOLDER"):
         train(1, resume=True)
-    with pytest.raises(ValueError, match=r"the history has no 'validation loss', it has 'epoch', .*call fit"):
+    with pytest.raises(ValueError, match=r"EarlyStopping looks at 'validation loss', but the history will have .*call fit"):
         train(1, validation=None, callbacks=[EarlyStopping()])
+    with pytest.raises(ValueError, match=r"a callback is a function or an object: Best\(\), not Best"):
+        train(1, callbacks=[Best])
+    with pytest.raises(ValueError, match=r"validation is a pair, \(x, y\), not ndarray of length 40"):
+        train(1, validation=VALIDATION[0])
+    with pytest.raises(ValueError, match="linear takes 12 features"):
+        train(1, validation=(VALIDATION[0][:, :5], VALIDATION[1]))
+    other = network().init(seed=0)
+    with pytest.raises(ValueError, match=r"the optimizer is one of another model: make it of what place"):
+        train(1, optimizer=lambda model, lr: Adam(other, lr))
+    with pytest.raises(ValueError, match="the history has no 'validation loss', it has 'loss'"):
+        after(1, name="loss").best("validation loss")
 
 
 def test_training_stops_and_the_best_weights_come_back():

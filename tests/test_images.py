@@ -109,6 +109,6 @@ def test_what_cannot_be_cropped(images, samples):
 def test_augmented_batches_are_the_same_on_any_grid(ranks, size):
     whole = crop_and_flip(IMAGES, np.arange(60), epoch=4)
     for rank in range(ranks):
-        grid = SimpleNamespace(replica=rank, data=ranks, lanes=None, undone=0, generation=0, same=lambda what, value: None)
+        grid = SimpleNamespace(replica=rank, data=ranks, lanes=None, pipe=1, undone=0, generation=0, same=lambda *_: None)
         for x, y in batches(IMAGES, np.arange(60), size, epoch=4, grid=grid, augment=crop_and_flip):
             np.testing.assert_array_equal(x, whole[y])

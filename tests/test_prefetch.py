@@ -28,7 +28,7 @@ def gone():
 
 
 def grid(rank=0, ranks=1):
-    return SimpleNamespace(replica=rank, data=ranks, lanes=None, undone=0, generation=0, same=lambda what, value: None)
+    return SimpleNamespace(replica=rank, data=ranks, lanes=None, pipe=1, undone=0, generation=0, same=lambda what, value: None)
 
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (50, 3, 8, 8), "u1")

@@ -92,7 +92,7 @@ def test_each_rank_reads_its_share_alone(ranks, rows, parts, monkeypatch):
     monkeypatch.setattr(os, "preadv", lambda file, memory, at: read.append(len(memory[0])) or real(file, memory, at))
     y, seen = np.arange(13), []
     for rank in range(ranks):
-        grid = SimpleNamespace(replica=rank, data=ranks, lanes=None, undone=0, generation=0, same=lambda what, value: None)
+        grid = SimpleNamespace(replica=rank, data=ranks, lanes=None, pipe=1, undone=0, generation=0, same=lambda *_: None)
         for x, labels in batches(rows, y, 6, grid=grid):
             np.testing.assert_array_equal(x, np.concatenate(parts)[labels])
             seen += labels.tolist()

@@ -41,8 +41,8 @@ class Log:
             os.makedirs(folder, exist_ok=True)
             path = os.path.join(folder, NAME)
             if not resume and os.path.exists(path) and '{"kind": "epoch"' in Path(path).read_text(encoding="utf-8"):
-                raise ValueError(f"{path} is the log of another run: go on with that one (fit: resume=True), or begin in another "
-                                 f"folder")
+                raise ValueError(f"{path} is the log of another run: go on with that one (fit: resume=True), or begin in "
+                                 f"another folder")
             self._file = open(path, "a", encoding="utf-8")
             if self._file.tell() and not _ends_a_line(self._file.name):
                 self._file.write("\n")  # whoever wrote it was killed

@@ -83,12 +83,12 @@ def fit(model, loss, data, grid, optimizer, *, batch, epochs, seed=0, validation
         raise ValueError(f"epochs is a whole number above 0, not {epochs!r}")
     if run is None and (resume or every):
         raise ValueError("resume and every are about checkpoints, which need a folder: give run=FOLDER")
-    for name, pair in ("data", data), ("validation", validation or (0, 0)):
+    for name, pair in ("data", data), ("validation", (0, 0) if validation is None else validation):
         if not isinstance(pair, (tuple, list)) or len(pair) != 2:
             raise ValueError(f"{name} is a pair, (x, y), not {type(pair).__name__} of length {len(pair)}")
     if optimizer.model is not model:
-        raise ValueError("the optimizer is one of another model: make it of what place(model, grid) returned, which is what fit "
-                         "trains")
+        raise ValueError("the optimizer is one of another model: make it of what place(model, grid) returned, which is what "
+                         "fit trains")
     _check_monitors(callbacks, validation, metrics)
     training = Training(model, grid, optimizer, run and str(run))
     history, kept = training.history, []  # kept: the history as JSON can carry it
