@@ -150,13 +150,17 @@ def test_wrong_arguments():
         train(1, callbacks=[Best])
     with pytest.raises(ValueError, match=r"validation is a pair, \(x, y\), not ndarray of length 40"):
         train(1, validation=VALIDATION[0])
-    with pytest.raises(ValueError, match="linear takes 12 features"):
-        train(1, validation=(VALIDATION[0][:, :5], VALIDATION[1]))
     other = network().init(seed=0)
     with pytest.raises(ValueError, match=r"the optimizer is one of another model: make it of what place"):
         train(1, optimizer=lambda model, lr: Adam(other, lr))
     with pytest.raises(ValueError, match="the history has no 'validation loss', it has 'loss'"):
         after(1, name="loss").best("validation loss")
+
+
+@pytest.mark.skipif(GRID.size > 1, reason="ends the job: one rank alone sees it")
+def test_validation_data_are_looked_at_before_the_first_epoch():
+    with pytest.raises(ValueError, match="linear takes 12 features"):
+        train(1, validation=(VALIDATION[0][:, :5], VALIDATION[1]), callbacks=[lambda training: pytest.fail("it trains")])
 
 
 def test_training_stops_and_the_best_weights_come_back():
