@@ -100,7 +100,7 @@ class batches:
                 tries = now
                 rank, ranks, lanes = (grid.replica, grid.data, grid.lanes) if grid else (0, 1, None)
                 if grid:
-                    grid.shared = grid.generation
+                    grid.stale = False
                 start, stop = share(len(batch), rank, ranks, self.multiple, lanes)
                 mine = batch[start:stop]
                 x = self.x[mine]
