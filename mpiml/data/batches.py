@@ -117,7 +117,7 @@ class batches:
                     tries, place = now, (0, 1)
                     if self.grid:
                         place = self.grid.replica, self.grid.data
-                        self.grid.shared = self.grid.generation
+                        self.grid.stale = False
                     yield get(*((number, *place) for number in numbers[i:i + 1 + self.ahead]))
 
     def _share(self, number, rank, ranks):

@@ -64,8 +64,8 @@ class Grid:
         How many times ranks were lost.
     undone : int
         How many times the program was told so by a RanksLost, and is to try again what it was at.
-    shared : int or None
-        The generation for which :class:`mpiml.data.batches` has shared out its last batch.
+    stale : bool or None
+        Whether ranks were lost since :class:`mpiml.data.batches` has shared out a batch; None if it never did.
 
     Raises
     ------
@@ -89,7 +89,7 @@ class Grid:
             raise ValueError(f"lanes is a whole number of pieces of a batch, one at least for each of the {self.data} "
                              f"replicas, not {lanes!r}")
         self.lanes = lanes
-        self.generation, self.undone, self.shared, self._attempting = 0, 0, None, False
+        self.generation, self.undone, self.stale, self._attempting = 0, 0, None, False
         self.elastic = ELASTIC and pipe == 1
         self._divide(comm)
 
@@ -154,7 +154,7 @@ class Grid:
 
     def take_shares(self):
         """Raise a RanksLost, on all ranks, if some died since the last batch was shared out: its shares are too few, then."""
-        if self.shared not in (None, self.generation):
+        if self.stale:
             self.undone += 1
             raise RanksLost(f"ranks died since this batch was shared out: {self.size} are left, and go on. {_AGAIN}")
 
@@ -181,6 +181,7 @@ class Grid:
             except (MPI.Exception, RanksLost):  # one more
                 comm.Revoke()
         self.generation += 1
+        self.stale = None if self.stale is None else True
         lost = sorted(set(before) - set(self.comm.ranks))
         if lost:
             abort.farewells_of_survivors[:] = [self._leave]
