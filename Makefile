@@ -21,7 +21,7 @@ demo: .venv/ready
 	mpirun -n 8 python examples/mnist_dp.py
 
 test: .venv/ready
-	python -m pytest
+	python -m pytest -n 2 --dist loadfile
 
 test-%: .venv/ready
 	mpirun -n $* python -m pytest
@@ -29,6 +29,7 @@ test-%: .venv/ready
 bench: .venv/bench
 	python benchmarks/mlp.py
 	python benchmarks/models.py
+	python benchmarks/applications.py
 	python benchmarks/kernels.py
 	env -u OPENBLAS_CORETYPE mpirun -n 2 python benchmarks/pipeline.py
 	mpirun -n 2 python benchmarks/checkpoint.py

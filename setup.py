@@ -32,7 +32,7 @@ setup(
         "tensorboard": TENSORBOARD,
         # Downloads, the embedded digits, the progress bar.
         "examples": EXAMPLES + SAVE + DRAW,
-        "test": ["pytest>=8", "psutil>=5.9", "ruff>=0.6", "hypothesis>=6.100"] + EXAMPLES + SAVE + DRAW
+        "test": ["pytest>=8", "pytest-xdist>=3.6", "psutil>=5.9", "ruff>=0.6", "hypothesis>=6.100"] + EXAMPLES + SAVE + DRAW
         + TENSORBOARD,
         # PyTorch is what the benchmarks measure against and, where it is there, an oracle of the tests.
         "bench": ["torch==2.13.0"],

@@ -4,6 +4,7 @@
 """
 
 import argparse
+from pathlib import Path
 
 from mpiml.data import Features, Labels, clean, find, read_csv, split
 from mpiml.fit import Best, EarlyStopping, fit
@@ -21,6 +22,10 @@ parser.add_argument("--lanes", type=int, default=8,
                     help="pieces of each batch: the same bits on up to so many ranks (default %(default)s)")
 parser.add_argument("--save", metavar="FILE", help="write the model to this safetensors file, for python -m mpiml predict")
 args = parser.parse_args()
+if args.epochs < 1:
+    parser.error(f"--epochs must be 1 at least, not {args.epochs}")
+if args.save and not Path(args.save).absolute().parent.is_dir():
+    parser.error(f"--save {args.save}: there is no such folder")
 try:
     file = find("penguins.csv", args.data)
 except FileNotFoundError as error:
