@@ -29,10 +29,10 @@ test-%: .venv/ready
 bench: .venv/bench
 	python benchmarks/mlp.py
 	python benchmarks/models.py
-	python benchmarks/applications.py
 	python benchmarks/kernels.py
 	env -u OPENBLAS_CORETYPE mpirun -n 2 python benchmarks/pipeline.py
 	mpirun -n 2 python benchmarks/checkpoint.py
+	python benchmarks/applications.py
 
 lint: .venv/ready
 	ruff check .

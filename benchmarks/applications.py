@@ -14,6 +14,7 @@ medians over the epochs, the ratio that of each pair of epochs. The data are in 
 """
 
 import argparse
+import os
 from functools import partial
 from time import perf_counter
 from typing import NamedTuple
@@ -235,6 +236,9 @@ def main():
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(WORKS))
     parser.add_argument("--epochs", type=int, help="fewer, for a quick look at the speed")
     args = parser.parse_args()
+    if not os.environ.get("MPIML_DATA"):
+        print("the applications' data are missing: name their folder by MPIML_DATA (docs/applications.md tells where they are)")
+        return
     print(f"{versions()}\n{'':10}{'batch':>6}{'epochs':>8}{'accuracy or loss':>20}{'samples/s':>24}{'':>8}\n"
           f"{'':24}{'mpiml':>10}{'torch':>10}{'mpiml':>12}{'torch':>12}{'ratio':>8}")
     for name in args.names or WORKS:

@@ -314,7 +314,7 @@ def kernels():
         return problem("kernels", f"{text}, as NUMBA_CACHE_DIR={wanted} cannot be written to",
                        "export NUMBA_CACHE_DIR=FOLDER, one that can be written to, or unset it")
     if state.ready < state.kernels / 2:
-        return warning("kernels", f"{text}: the others are compiled when they are first used, about a second each",
+        return warning("kernels", f"{text}: the others are compiled when they are first used, some seconds each",
                        "python -m mpiml warmup")
     return ok("kernels", text)
 
