@@ -14,6 +14,7 @@ medians over the epochs, the ratio that of each pair of epochs. The data are in 
 """
 
 import argparse
+import itertools
 import os
 from functools import partial
 from time import perf_counter
@@ -22,8 +23,6 @@ from typing import NamedTuple
 # isort: off
 from timing import versions  # first: it sets the number of threads
 # isort: on
-import itertools
-
 import numpy as np
 import torch
 import torch.nn.functional as F
