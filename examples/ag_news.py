@@ -24,7 +24,7 @@ parser.add_argument("--data", metavar="FOLDER", help="with ag_news_test.csv; def
 parser.add_argument("--model", choices=["bag", "conv", "attention"], default="bag")
 parser.add_argument("--epochs", type=int, default=5)
 parser.add_argument("--batch", type=int, default=64, help="samples per step, over all ranks (default %(default)s)")
-parser.add_argument("--lr", type=float, help="first learning rate (default: 0.01, conv 0.005, attention 0.002)")
+parser.add_argument("--lr", type=float, help="first learning rate (default: 0.005, attention 0.002)")
 parser.add_argument("--length", type=int, default=64, help="words of each text, the rest is cut off (default %(default)s)")
 parser.add_argument("--seed", type=int, default=0)
 parser.add_argument("--lanes", type=int, help="pieces of each batch: with them, the same bits on any number of ranks")
@@ -97,7 +97,7 @@ x, y = arrays(train)
 words = len(features.vocabulary)
 model = place({"bag": bag, "conv": conv, "attention": attention}[args.model](words), grid, args.seed)
 say(f"{len(x)} texts, {words:,} words, {args.model} of {len(model.vector):,} parameters, {grid.size} ranks, batch {args.batch}")
-lr = args.lr or {"bag": 1e-2, "conv": 5e-3, "attention": 2e-3}[args.model]
+lr = args.lr or {"bag": 5e-3, "conv": 5e-3, "attention": 2e-3}[args.model]
 optimizer = Adam(model, lr=cosine(lr, args.epochs * -(-len(x) // args.batch)))
 history = fit(model, cross_entropy, (x, y), grid, optimizer, batch=args.batch, epochs=args.epochs, seed=args.seed,
               validation=arrays(test), metrics={"accuracy": correct}, run=args.run, resume=args.resume,
