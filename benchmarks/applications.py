@@ -169,7 +169,7 @@ class Theirs:
         self.optimizer = work.optimizers[1](self.net.parameters(), lr=self.lr(0))
 
     def _tensor(self, x):
-        x = torch.from_numpy(np.ascontiguousarray(x))
+        x = torch.from_numpy(np.require(x, requirements=["C", "W"]))
         return x.contiguous(memory_format=self.layout) if x.ndim == 4 else x
 
     def step(self, x, y):
