@@ -3,6 +3,7 @@
 ===================  ==================================================================
 mpiml.kernels        numba kernels: plain arrays in, plain arrays out
 mpiml.tensor         Tensor, op, backward: reverse-mode differentiation
+mpiml.replay         Replay: a step recorded once and repeated as a program
 mpiml.ops            the derivative table: relu, conv2d, cross_entropy, ...
 mpiml.nn             layers and the combinators that build a model
 mpiml.optim          SGD, Adam, AdamW, LARS, LAMB and learning-rate schedules on flat vectors
@@ -24,7 +25,8 @@ memory.keep_freed_memory()
 
 with memory.without_collector():  # importing numba makes 200,000 objects, and nothing that could be freed
     from . import data, kernels, nn, ops, optim
+    from .replay import Replay
     from .tensor import Tensor, op
 
 __version__ = "0.1.0"
-__all__ = ["Tensor", "data", "kernels", "nn", "op", "ops", "optim"]
+__all__ = ["Replay", "Tensor", "data", "kernels", "nn", "op", "ops", "optim"]

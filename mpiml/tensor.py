@@ -17,12 +17,15 @@ import functools
 import inspect
 import itertools
 import math
+import threading
 
 import numpy as np
 
 from mpiml import kernels
 
 FLOATS = (np.dtype(np.float32), np.dtype(np.float64))
+_new = object.__new__
+recordings = {}  # {thread: who is to be told of each op that is called in it}, see mpiml.replay
 
 
 class Tensor:
@@ -151,14 +154,11 @@ class Node:
     """The place of an op's value on the tape, without the value itself, so that this may be freed before the walk.
 
     ``edges`` are pairs (Node or leaf, vjp), one for each argument that wants a gradient; None once walked. With a
-    ``joint`` vjp for all arguments, they are pairs (Node or leaf, number of the argument).
+    ``joint`` vjp for all ``parameters`` of the rule, they are pairs (Node or leaf, number of the argument).
     """
 
-    __slots__ = ("dtype", "edges", "joint", "shape")
+    __slots__ = ("dtype", "edges", "joint", "parameters", "shape")
     grad = None  # only leaves keep one
-
-    def __init__(self, edges, joint, shape, dtype):
-        self.edges, self.joint, self.shape, self.dtype = edges, joint, shape, dtype
 
 
 def value_of(x):
@@ -175,8 +175,8 @@ def op(rule):
     lives as long as the tape does.
 
     Where the gradients share work, ``vjps`` is one function ``vjp(g, into)`` of the gradient for the value and a list
-    with an entry for each positional argument up to the last one wanted: None if it is not wanted, else an array to
-    which it may be added, or True. It returns the gradients, in new arrays (one may serve several arguments), and None
+    with an entry for each parameter of the rule: None if its gradient is not wanted, else an array to which it may be
+    added, or True. It returns the gradients, in new arrays (one may serve several arguments), and None
     for those added and those left out. One that nobody wanted but that came along is not computed again where it was
     only put off (``later`` in :func:`backward`).
 
@@ -188,6 +188,8 @@ def op(rule):
     """
     signature = inspect.signature(rule)
     name = rule.__name__.lstrip("_")
+    several = any(p.kind is p.VAR_POSITIONAL for p in signature.parameters.values())
+    parameters = None if several else len(signature.parameters)
 
     @functools.wraps(rule)
     def apply(*args, **options):
@@ -195,41 +197,50 @@ def op(rule):
             bound = signature.bind(*args, **options)
             bound.apply_defaults()  # behind an argument left out, a Tensor would stay a keyword
             args, options = bound.args, bound.kwargs
-        values, edges = [], []
+        values, edges = [*args], []
         for i, a in enumerate(args):
             if isinstance(a, Tensor):
+                values[i] = a.value
                 edges.append((a.node or a, i))
-                a = a.value
-            values.append(a)
         value, vjps = rule(*values, **options)
-        if not edges:
-            return value
-        value = np.asarray(value)  # a loss is a number
-        dtype = value.dtype
-        for _, i in edges:
-            if values[i].dtype != dtype:
-                raise TypeError(f"{name} of {_kinds(args)} gives {dtype}: use one of float32 and float64 throughout, with "
-                                f".astype(np.{values[i].dtype})")
-        joint = vjps if callable(vjps) else None
-        if joint is None:
-            edges = [(place, _vjp(name, vjps, i)) for place, i in edges]
-        return _on_tape(value, Node(edges, joint, value.shape, dtype))
+        if edges:
+            value = np.asarray(value)  # a loss is a number
+            dtype = value.dtype
+            for _, i in edges:
+                if values[i].dtype is not dtype and values[i].dtype != dtype:
+                    raise TypeError(f"{name} of {_kinds(args)} gives {dtype}: use one of float32 and float64 throughout, "
+                                    f"with .astype(np.{values[i].dtype})")
+            joint = callable(vjps)
+            if not joint:
+                edges = [(place, _vjp(name, vjps, i)) for place, i in edges]
+            value = on_tape(value, edges, vjps if joint else None, parameters or len(args))
+        if recordings:
+            _record(apply, args, options, value)
+        return value
 
     apply.rule = rule
     return apply
+
+
+def on_tape(value, edges, joint, parameters):
+    """The Tensor of an op's value; the arguments are those of its :class:`Node`."""
+    # Many are made in each step, hence without __init__, whose checks they do not need.
+    tensor, node = _new(Tensor), _new(Node)
+    tensor.value, tensor.grad, tensor.node = value, None, node
+    node.edges, node.joint, node.parameters, node.shape, node.dtype = edges, joint, parameters, value.shape, value.dtype
+    return tensor
+
+
+def _record(called, args, options, result):
+    recording = recordings.get(threading.get_ident())
+    if recording:
+        recording.add(called, args, options, result)
 
 
 def _vjp(name, vjps, i):
     if i >= len(vjps) or vjps[i] is None:
         raise TypeError(f"{name} has no gradient for its argument {i + 1}: pass a plain array")
     return vjps[i]
-
-
-def _on_tape(value, node):
-    """The Tensor of an op's value, which needs no check."""
-    tensor = Tensor.__new__(Tensor)
-    tensor.value, tensor.grad, tensor.node = value, None, node
-    return tensor
 
 
 def _kinds(args):
@@ -267,7 +278,7 @@ def backward(root, gradient=None, wrt=None, later=None):
         if root.size != 1:
             raise ValueError(f"the gradient of a Tensor of shape {root.shape} needs to know its weights: sum it to "
                              f"one number first, or call backward(gradient)")
-        gradient = np.ones_like(root.value)
+        gradient = np.ones(root.shape, root.dtype)
     _check(gradient, root, "backward's argument")
     if root.node is None:
         _accumulate(root, gradient, "backward's argument")
@@ -285,10 +296,10 @@ def backward(root, gradient=None, wrt=None, later=None):
             waits = [isinstance(argument, Tensor) and argument is not wrt for argument, _ in edges]
             put_off = [*itertools.compress(edges, waits)]
             edges = [edge for edge, wait in zip(edges, waits, strict=True) if not wait]
-        parts = None if joint is None else _all(edges, joint, g)
+        parts = None if joint is None else _all(edges, joint, node.parameters, g)
         if put_off:
             came = {i: parts[i] for _, i in put_off} if parts else {}
-            later.append(functools.partial(_contribute, put_off, joint, g, came))
+            later.append(functools.partial(_contribute, put_off, joint, node.parameters, g, came))
         for argument, vjp in edges:
             part = vjp(g) if joint is None else parts[vjp]
             left = uses[argument] = uses[argument] - 1
@@ -296,37 +307,37 @@ def backward(root, gradient=None, wrt=None, later=None):
                 if type(part) is not np.ndarray or part.shape != argument.shape or part.dtype != argument.dtype:
                     _check(part, argument, joint or vjp)
                 if argument in gradients:
-                    own = joint is not None and _is_own(part, parts)
+                    own = joint is not None and is_own(part, parts)
                     part = np.add(gradients[argument], part, out=part if own else None)
                 gradients[argument] = part
                 if not left:
                     ready.append(argument)
             else:
                 if part is not None or joint is None:  # else it was added
-                    _accumulate(argument, part, joint or vjp, joint is not None and _is_own(part, parts))
+                    _accumulate(argument, part, joint or vjp, joint is not None and is_own(part, parts))
                 if not left:
                     yield argument
 
 
-def _all(edges, joint, g):
+def _all(edges, joint, parameters, g):
     """The gradients for all arguments of an op with a joint vjp; None for those that it added to their leaf's."""
     if not edges:
         return []
-    offers = [None] * (edges[-1][1] + 1)
+    offers = [None] * parameters
     for argument, i in edges:
         offers[i] = True if argument.grad is None else argument.grad
     return joint(g, offers)
 
 
-def _is_own(part, parts):
+def is_own(part, parts):
     """Whether a joint vjp, which returned ``parts``, made this one for one argument alone: memory to write to, and to keep."""
     return isinstance(part, np.ndarray) and sum(other is part for other in parts) == 1
 
 
-def _contribute(edges, joint, g, parts):
+def _contribute(edges, joint, parameters, g, parts):
     """Add to the gradients of leaves what was left for later; ``parts`` of a joint vjp may have come along before."""
     if joint is not None and any(parts.get(i) is None for _, i in edges):
-        parts = _all(edges, joint, g)
+        parts = _all(edges, joint, parameters, g)
     for leaf, vjp in edges:
         part = vjp(g) if joint is None else parts[vjp]
         if part is not None or joint is None:
@@ -406,7 +417,8 @@ def multiply(x, y):
 def divide(x, y):
     """x / y, with broadcasting."""
     value = np.true_divide(x, y)
-    return value, (lambda g: unbroadcast(g / y, np.shape(x)), lambda g: unbroadcast(-g * value / y, np.shape(y)))
+    x_shape = np.shape(x)
+    return value, (lambda g: unbroadcast(g / y, x_shape), lambda g: unbroadcast(-g * value / y, np.shape(y)))
 
 
 @op

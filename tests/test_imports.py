@@ -11,7 +11,7 @@ OPTIONAL = {"matplotlib", "pooch", "requests", "safetensors", "tensorboardX", "t
 
 # room: what it may import of the package, and from outside beside the standard library.
 ALLOWED = {
-    "__init__.py": ({"cores", "data", "kernels", "memory", "nn", "ops", "optim", "tensor"}, set()),
+    "__init__.py": ({"cores", "data", "kernels", "memory", "nn", "ops", "optim", "replay", "tensor"}, set()),
     "cores.py": (set(), {"threadpoolctl"}),
     "alone.py": (set(), set()),
     "memory.py": (set(), set()),
@@ -21,6 +21,7 @@ ALLOWED = {
     "ops": ({"kernels", "ops", "tensor"}, {"numpy"}),
     "describe.py": ({"nn", "ops"}, {"numpy"}),
     "nn": ({"nn", "ops", "random", "tensor"}, {"numpy"}),
+    "replay.py": ({"nn", "tensor"}, {"numpy"}),
     "lanes.py": ({"cores", "data", "kernels", "nn", "tensor"}, {"numpy"}),
     "optim.py": ({"kernels", "nn"}, {"numpy"}),
     "metrics.py": (set(), {"numpy"}),
@@ -36,8 +37,8 @@ ALLOWED = {
     "check.py": ({"__version__", "cores", "data", "kernels", "memory", "patience"},
                  {"llvmlite", "numba", "numpy", "threadpoolctl"}),
     "__main__.py": ({"check", "cores", "kernels", "parallel", "patience", "predict", "report", "restart", "schedule"}, set()),
-    "parallel": ({"__version__", "check", "cores", "data", "kernels", "lanes", "nn", "parallel", "patience", "restart",
-                  "schedule", "tensor"},
+    "parallel": ({"__version__", "check", "cores", "data", "kernels", "lanes", "nn", "parallel", "patience", "replay",
+                  "restart", "schedule", "tensor"},
                  {"llvmlite", "mpi4py", "numba", "numpy", "tqdm"}),
 }
 FILES = sorted(PACKAGE.rglob("*.py"))

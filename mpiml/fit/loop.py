@@ -16,7 +16,7 @@ from .training import Training
 
 
 def fit(model, loss, data, grid, optimizer, *, batch, epochs, seed=0, validation=None, metrics=None, transform=None,
-        augment=None, ahead=0, microbatches=None, clip=None, callbacks=(), watch=None, run=None, resume=False,
+        augment=None, ahead=0, microbatches=None, replay=False, clip=None, callbacks=(), watch=None, run=None, resume=False,
         settings=None, minutes=10.0, every=None, say=print):
     """Train a model, on any grid; to be called on all ranks together.
 
@@ -49,6 +49,8 @@ def fit(model, loss, data, grid, optimizer, *, batch, epochs, seed=0, validation
     ahead : int
         So many batches are read ahead in a thread; see :class:`mpiml.data.batches`.
     microbatches : int, optional
+        See :func:`mpiml.parallel.gradient`.
+    replay : bool
         See :func:`mpiml.parallel.gradient`.
     clip : float, optional
         Clip the norm of the gradient to this, see :func:`mpiml.optim.clip_norm`.
@@ -93,7 +95,7 @@ def fit(model, loss, data, grid, optimizer, *, batch, epochs, seed=0, validation
     training = Training(model, grid, optimizer, run and str(run))
     history, kept = training.history, []  # kept: the history as JSON can carry it
     watch = watch or Watch()
-    step = gradient(model, loss, grid, microbatches, watch=watch)
+    step = gradient(model, loss, grid, microbatches, watch=watch, replay=replay)
     multiple = samples_together(model.whole(), grid.lanes or grid.data * model.microbatches)
 
     def shares(epoch, start=0):

@@ -15,7 +15,7 @@ def linear(x, weight, bias=None, relu=False):
     positive = y if relu else None
 
     def vjp(g, into):
-        into_x, into_weight, into_bias = (*into, None, None)[:3]
+        into_x, into_weight, into_bias, _ = into
         dx = None if into_x is None else np.empty(x.shape, x.dtype)
         dweight = np.zeros_like(weight) if into_weight is True else into_weight
         dbias = np.zeros_like(bias) if into_bias is True else into_bias
@@ -33,7 +33,7 @@ def conv2d(x, weight, bias=None, stride=1, padding=0, dilation=1, groups=1, relu
     positive = y if relu else None
 
     def vjp(g, into):
-        into_x, into_weight, into_bias = (*into, None, None)[:3]
+        into_x, into_weight, into_bias = into[:3]
         g = g if positive is None else k.relu_vjp(g, positive)
         return (None if into_x is None else k.conv2d_vjp_x(g, weight, x.shape, *windows_of),
                 None if into_weight is None else k.conv2d_vjp_weight(g, x, weight.shape, *windows_of),

@@ -13,7 +13,7 @@ from mpiml import kernels as k
 from mpiml.data.batches import share
 from mpiml.lanes import Leaves, in_threads, samples_together, twins
 from mpiml.nn import BatchNorm2d, Dropout
-from mpiml.schedule import ScheduleError, orders, owners, simulate
+from mpiml.schedule import ScheduleError, W, orders, owners, simulate
 
 from .error import RankError, RanksLost
 from .interpreter import Interpreter
@@ -22,7 +22,7 @@ from .recorder import recorder
 from .sum import held, summation
 
 
-def gradient(model, loss, grid, microbatches=None, *, recompute=False, watch=None, first_step=None, threads=None):
+def gradient(model, loss, grid, microbatches=None, *, recompute=False, watch=None, first_step=None, threads=None, replay=False):
     """A function ``step(x, y)`` that leaves the gradient of the global mean loss in ``model.gradient``.
 
     Each replica cuts its share of the batch into micro-batches, and its stages run the model's schedule: the *sum* of
@@ -53,6 +53,10 @@ def gradient(model, loss, grid, microbatches=None, *, recompute=False, watch=Non
     threads : int, optional
         Threads of this rank that compute its lanes, where there are lanes and no pipeline; by default one for each core that
         falls to this rank. The bits do not depend on it. A watch sees what the first of them does.
+    replay : bool
+        Record what the model does in two steps, and then repeat it as a program, see :class:`mpiml.Replay`: the same bits in
+        less time where the layers are small. The model must do the same in each step, without dropout, and the schedule not
+        split its backward passes.
 
     Returns
     -------
@@ -73,7 +77,7 @@ def gradient(model, loss, grid, microbatches=None, *, recompute=False, watch=Non
         The replicas of a stage hold different weights, or the ranks were told different numbers of micro-batches.
     ValueError, RuntimeError
         The model was placed on another grid, or not at all; a BatchNorm2d would see its batch in pieces; the number of
-        micro-batches is none.
+        micro-batches is none. From ``step``: the model is to be replayed and did not do the same twice.
     """
     if not isinstance(model, Part):
         raise RuntimeError("gradient takes what place(model, grid) returned: call place(model, grid) before gradient(...)")
@@ -91,7 +95,10 @@ def gradient(model, loss, grid, microbatches=None, *, recompute=False, watch=Non
     if not isinstance(threads, (int, np.integer)) or threads < 1 or (threads > 1 and not (grid.lanes and grid.pipe == 1)):
         raise ValueError(f"threads is a whole number above 0, and 1 on a grid without lanes or with a pipeline, not "
                          f"{threads!r}")
-    make = functools.partial(_Plan, model, loss, grid, microbatches, recompute, watch, threads)
+    if replay and any(isinstance(a, W) for order in orders(model.schedule, grid.pipe, microbatches or 1) for a in order):
+        raise ValueError("replay=True repeats backward passes as a whole, but this schedule splits them (W): use another one, "
+                         "such as one_f_one_b, or leave out replay")
+    make = functools.partial(_Plan, model, loss, grid, microbatches, recompute, watch, threads, replay)
     plan = make()
     model.steps, model.microbatches = model.steps if first_step is None else first_step, microbatches
 
@@ -117,7 +124,7 @@ def gradient(model, loss, grid, microbatches=None, *, recompute=False, watch=Non
 class _Plan:
     """What the step of a model is made of, on the ranks that the grid has now."""
 
-    def __init__(self, model, loss, grid, microbatches, recompute, watch, threads):
+    def __init__(self, model, loss, grid, microbatches, recompute, watch, threads, replay):
         self.model, self.grid, self.watch, self.generation = model, grid, watch, grid.generation
         self.lanes = range(*held(grid, grid.replica)) if grid.lanes else None
         self.microbatches = len(self.lanes) if self.lanes else microbatches
@@ -136,8 +143,8 @@ class _Plan:
         self.actions = model.schedule(grid.stage, grid.pipe, self.microbatches)
         recomputed = recompute if isinstance(recompute, bool) else grid.stage in recompute
         more = min(threads, self.microbatches) - 1
-        self.interpreters = [Interpreter(model, loss, recomputed, watch)] + [
-            Interpreter(model, loss, recomputed, None, twins(model)) for _ in range(more)]
+        self.interpreters = [Interpreter(model, loss, recomputed, watch, replay=replay)] + [
+            Interpreter(model, loss, recomputed, None, twins(model), replay) for _ in range(more)]
         self.total = summation(grid, len(model.sums), model.sums.dtype)
         self.sums = self.total.rows[0]
         model.accumulate_in(self.sums)

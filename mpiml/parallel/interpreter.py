@@ -1,5 +1,6 @@
 """Running this stage's list of a schedule: the one place where forward and backward passes meet messages."""
 
+import functools
 import math
 from collections import Counter, deque
 from time import perf_counter
@@ -8,8 +9,14 @@ from typing import ClassVar, NamedTuple
 import numpy as np
 
 from mpiml.nn import Step
+from mpiml.replay import Replay
 from mpiml.schedule import B, F, W
 from mpiml.tensor import Tensor, backward
+
+
+def _compute(chunk, loss, input, step, *target):
+    output = chunk(input, step)
+    return loss(output, *target) if target else output
 
 
 class _Live(NamedTuple):
@@ -33,11 +40,16 @@ class Interpreter:
     watch : Watch or None
     twins : dict, optional
         From :func:`mpiml.lanes.twins`, for an interpreter in a thread of its own.
+    replay : bool
+        Run the chunks as programs, see :class:`mpiml.Replay`.
     """
 
-    def __init__(self, part, loss, recompute, watch, twins=None):
-        self.part, self.loss, self.recompute, self.watch = part, loss, recompute, watch
+    def __init__(self, part, loss, recompute, watch, twins=None, replay=False):
+        self.part, self.recompute, self.watch = part, recompute, watch
         self.last = len(part.bounds) - 1
+        self.functions = {c: functools.partial(_compute, chunk, loss) for c, chunk in part.chunks.items()}
+        if replay:
+            self.functions = {c: Replay(function, part.chunks[c]) for c, function in self.functions.items()}
         self.twins, self.tensors = twins, twins and list(twins.values())
 
     def run(self, actions, x, y, parts, number, first, leaves=None):
@@ -112,8 +124,12 @@ class Interpreter:
     def _compute(self, m, c, input):
         """The output of a chunk; of the last one, the loss."""
         start, stop = self.parts[m]
-        output = self.part.chunks[c](input, Step(self.number, self.first + start, self.twins))
-        return self.loss(output, self.y[start:stop]) if c == self.last else output
+        target = [self.y[start:stop]] if c == self.last else []
+        function = self.functions[c]
+        output = function(input, Step(self.number, self.first + start, self.twins), *target)
+        if isinstance(function, Replay) and function.reasons:
+            raise ValueError(f"chunk {c} of this model cannot be replayed, as {function.reasons[0]}: leave out replay=True")
+        return output
 
     def _forward(self, m, c, array, buffer):
         if c == 0:
