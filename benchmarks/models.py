@@ -3,7 +3,9 @@
     python benchmarks/models.py [MODEL ...]
 
 One definition builds both twins. They start from the same weights, their first losses are compared, and then they are
-timed in turn; PyTorch in the faster of its layouts of images. Figures are medians over the rounds.
+timed in turn; PyTorch in the faster of its layouts of images. Figures are medians over the rounds. "Of peak" is what the
+matrix products and convolutions alone would take at the core's measured peak in multiply-adds, as a share of our time;
+Winograd's algorithm multiplies less.
 
 - lenet: LeNet-5 (LeCun et al. 1998), with max pooling and relu; 128 images of 28 x 28; Adam
 - resnet: ResNet-20 for CIFAR (He et al. 2016), with batch norm; 32 images of 32 x 32; SGD with momentum
@@ -18,6 +20,7 @@ from timing import against, alternate, versions  # first: it sets the number of 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from limits import flops, peak
 from twins import OURS, THEIRS, gpt, lenet, resnet, weights
 
 from mpiml import ops, optim
@@ -79,7 +82,7 @@ def main():
     parser.add_argument("models", nargs="*", metavar="MODEL", help=", ".join(MODELS))
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     args = parser.parse_args()
-    print(f"{versions()}; medians of {args.rounds} rounds\n{'':10}{'mpiml':>12}{'torch':>12}{'':>6}{'ratio':>7}")
+    print(f"{versions()}; medians of {args.rounds} rounds\n{'':10}{'mpiml':>12}{'torch':>12}{'':>6}{'ratio':>7}{'of peak':>9}")
     for name in args.models or MODELS:
         build, data, make, torch_make = MODELS[name]
         x, y = data()
@@ -89,8 +92,10 @@ def main():
         others = [theirs(build, x, y, torch_make, start, layout) for layout in layouts.values()]
         losses = np.array([[step() for step in (mine, *others)] for _ in range(3)])
         assert np.allclose(losses, losses[:, :1], rtol=2e-3), f"the twins do not train alike: {losses}"
+        share = flops(others[0]) / peak()
         us, torchs, layout, ratio = against(alternate([mine, *others], args.rounds, least=0.05))
-        print(f"{name:10}{us * 1e3:>10.2f}ms{torchs * 1e3:>10.2f}ms{list(layouts)[layout]:>6}{ratio:>7.2f}", flush=True)
+        print(f"{name:10}{us * 1e3:>10.2f}ms{torchs * 1e3:>10.2f}ms{list(layouts)[layout]:>6}{ratio:>7.2f}"
+              f"{share / us:>9.0%}", flush=True)
 
 
 main()

@@ -28,6 +28,7 @@ parser.add_argument("--data", metavar="FOLDER", help="with the MNIST IDX files; 
 parser.add_argument("--seed", type=int, default=0)
 parser.add_argument("--dtype", choices=["float32", "float64"], default="float32")
 parser.add_argument("--lanes", type=int, help="pieces of each batch: with them, the same bits on any number of ranks")
+parser.add_argument("--replay", action="store_true", help="repeat the step as a program: the same bits, a little faster")
 parser.add_argument("--save", metavar="FILE", help="write the model to this safetensors file at the end")
 parser.add_argument("--run", metavar="FOLDER", help="keep a log, and checkpoints to go on from, in this folder")
 parser.add_argument("--every", type=int, metavar="STEPS", help="steps from one checkpoint to the next (default: 10 minutes)")
@@ -71,7 +72,7 @@ say(f"{len(x)} digits, {args.model} of {len(model.vector)} parameters, {grid.siz
 
 watch = Watch()
 history = fit(model, cross_entropy, (x, y), grid, optimizer, batch=args.batch, epochs=args.epochs, seed=args.seed,
-              validation=test, metrics={"accuracy": correct}, transform=prepare, watch=watch,
+              validation=test, metrics={"accuracy": correct}, transform=prepare, replay=args.replay, watch=watch,
               run=args.run, resume=args.resume, every=args.every, settings={"model": args.model})
 
 if args.lanes:

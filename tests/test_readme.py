@@ -121,9 +121,18 @@ def test_tables_and_saved_models(page, block, printed, tmp_path):
     assert run.stdout.endswith(printed), run.stdout + run.stderr
 
 
+def test_the_printed_program():
+    page = (ROOT / "docs/replay.md").read_text()
+    printed = re.search(r"\n```\n(def forward.*?)```\n", page, re.DOTALL)[1]
+    run = subprocess.run([sys.executable, "-c", programs("docs/replay.md")[0]], capture_output=True, text=True, timeout=120,
+                         env=environment())
+    assert run.stdout == printed, run.stdout + run.stderr
+
+
 def test_links_lead_somewhere():
     for page in PAGES:
-        for target in re.findall(r"\]\(([^)]+)\)", page.read_text()):
+        text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+        for target in re.findall(r"\]\(([^)]+)\)", text):
             if not target.startswith("http"):
                 path, _, heading = target.partition("#")
                 assert not path or (page.parent / path).exists(), f"{page.name}: {target}"
