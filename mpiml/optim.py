@@ -55,7 +55,6 @@ def clip_norm(model, max_norm):
     """
     _require(max_norm > 0, "clip_norm needs max_norm > 0", max_norm)
     gradient = model.gradient[:model.learnt]
-    gradient = model.gradient[:model.learnt]
     # A norm for each parameter first, so that the result does not depend on where the model is cut.
     norm = model.joint_norm([k.norm(gradient[start:stop]) for start, stop in itertools.pairwise(model.segments)])
     if norm > max_norm:

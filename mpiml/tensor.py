@@ -302,8 +302,10 @@ def backward(root, gradient=None, wrt=None, later=None):
             later.append(functools.partial(_contribute, put_off, joint, node.parameters, g, came))
         for argument, vjp in edges:
             part = vjp(g) if joint is None else parts[vjp]
-            left = uses[argument] = uses[argument] - 1
-            if isinstance(argument, Node):
+            left = uses[argument] - 1
+            if left:
+                uses[argument] = left
+            if type(argument) is Node:
                 if type(part) is not np.ndarray or part.shape != argument.shape or part.dtype != argument.dtype:
                     _check(part, argument, joint or vjp)
                 if argument in gradients:
@@ -357,7 +359,7 @@ def _count_uses(root):
                 uses[argument] += 1
             else:
                 uses[argument] = 1
-                if isinstance(argument, Node):
+                if type(argument) is Node:
                     stack.append(argument)
     return uses
 

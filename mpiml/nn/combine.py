@@ -1,8 +1,6 @@
 """What builds a model of layers: one after the other, side by side, around a shortcut."""
 
-import functools
 import inspect
-import itertools
 
 from mpiml import ops
 
@@ -19,6 +17,12 @@ class Sequential(Module):
     def __init__(self, *layers, first=0):
         self.layers = layers
         self.first = first
+        self._calls = []  # (layer, whether it also computes the relu behind it: the value between is nobody's)
+        for layer in layers:
+            if layer is ops.relu and self._calls and _takes_relu(self._calls[-1]):
+                self._calls[-1] = self._calls[-1][0], True
+            else:
+                self._calls.append((layer, False))
 
     def children(self):
         for i, layer in enumerate(self.layers, self.first):
@@ -26,13 +30,8 @@ class Sequential(Module):
                 yield str(i), layer
 
     def __call__(self, x, training=False):
-        layers = iter(itertools.zip_longest(self.layers, self.layers[1:]))
-        for layer, following in layers:
-            if following is ops.relu and _takes_relu(type(layer)):  # the value between is nobody's
-                x = layer(x, training, relu=True)
-                next(layers)
-            else:
-                x = run(layer, x, training)
+        for layer, fused in self._calls:
+            x = layer(x, training, relu=True) if fused else run(layer, x, training)
         return x
 
     def __len__(self):
@@ -75,6 +74,6 @@ class Concatenate(Module):
         return ops.concatenate([run(branch, x, training) for branch in self.branches], self.axis)
 
 
-@functools.cache
-def _takes_relu(kind):
-    return "relu" in inspect.signature(kind.__call__).parameters
+def _takes_relu(call):
+    layer, fused = call
+    return not fused and isinstance(layer, Module) and "relu" in inspect.signature(type(layer).__call__).parameters
