@@ -27,6 +27,8 @@ from mpiml.nn import (
     Sequential,
 )
 from mpiml.ops import cross_entropy, gelu, identity, mse_loss, relu
+from mpiml.ops import mean as tensor_mean
+from mpiml.ops import sum as tensor_sum
 from mpiml.optim import SGD, Adam, clip_norm
 from mpiml.parallel import Grid, RankError, RanksLost, Watch, evaluate, gradient, place
 from mpiml.parallel import grid as grid_module
@@ -111,6 +113,34 @@ def test_an_epoch_ends_like_on_one_rank(dtype, tolerance, size):
     (ours, vector), (one, one_vector) = results
     assert ours == pytest.approx(one, rel=tolerance)
     np.testing.assert_allclose(vector, one_vector, rtol=0, atol=100 * tolerance)
+
+
+@pytest.mark.parametrize("mean", [lambda output, y: cross_entropy(output, y) / len(y),
+                                  lambda output, y: tensor_mean((output[:, 0] - y) * (output[:, 0] - y))])
+def test_a_mean_is_refused(mean):
+    x, y = problem(mlp, 40)
+    net = place(mlp(), GRID, dtype=np.float64)
+    with pytest.raises(ValueError, match=r"the loss of \d+ samples is .* and that of the same samples twice as well"):
+        gradient(net, mean, GRID)(*mine(GRID, x, y))
+
+
+def test_a_loss_of_a_fixed_number_of_samples_is_taken():
+    x, y = problem(mlp, 8 * GRID.size)
+    weights = np.linspace(1, 2, 8)
+    net = place(mlp(), GRID, dtype=np.float64)
+    loss = gradient(net, lambda output, y: (output[:, 0] * weights).sum() if isinstance(output, np.ndarray) else
+                    tensor_sum(output[:, 0] * weights), GRID)(*mine(GRID, x, y))
+    assert np.isfinite(loss)
+
+
+@pytest.mark.skipif(GRID.size == 1, reason="one rank has the whole batch")
+def test_the_whole_batch_on_every_rank_is_worth_a_warning():
+    x, y = problem(mlp, 24)
+    net = place(mlp(), GRID, dtype=np.float64)
+    step = gradient(net, cross_entropy, GRID)
+    with pytest.warns(UserWarning, match="got the same 24 samples") if GRID.rank == 0 else contextlib.nullcontext():
+        step(x, y)
+    step(x, y)  # once is enough
 
 
 def test_all_ranks_hold_the_same_bits():

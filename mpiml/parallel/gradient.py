@@ -1,8 +1,10 @@
 """The training step: the gradient of the mean loss over the global batch, on any grid."""
 
+import contextlib
 import functools
 import hashlib
 import math
+import warnings
 from time import perf_counter
 
 import numpy as np
@@ -14,6 +16,7 @@ from mpiml.data.batches import share
 from mpiml.lanes import Leaves, in_threads, samples_together, twins
 from mpiml.nn import BatchNorm2d, Dropout
 from mpiml.schedule import ScheduleError, W, orders, owners, simulate
+from mpiml.tensor import value_of
 
 from .error import RankError, RanksLost
 from .interpreter import Interpreter
@@ -36,7 +39,7 @@ def gradient(model, loss, grid, microbatches=None, *, recompute=False, watch=Non
     model : Part
         What :func:`mpiml.parallel.place` returned.
     loss : function of (output, target)
-        Returns the *sum* over the samples, such as :func:`mpiml.ops.cross_entropy`; a mean would be divided twice.
+        Returns the *sum* over the samples, such as :func:`mpiml.ops.cross_entropy`; a mean is refused.
     grid : mpiml.parallel.Grid
         The one that the model was placed on.
     microbatches : int, optional
@@ -126,6 +129,8 @@ class _Plan:
 
     def __init__(self, model, loss, grid, microbatches, recompute, watch, threads, replay):
         self.model, self.grid, self.watch, self.generation = model, grid, watch, grid.generation
+        self.started = False
+        loss = _Sum(loss)
         self.lanes = range(*held(grid, grid.replica)) if grid.lanes else None
         self.microbatches = len(self.lanes) if self.lanes else microbatches
         self.multiple = samples_together(model.whole(), grid.lanes or grid.data * microbatches)
@@ -157,6 +162,9 @@ class _Plan:
         if len(x) != len(y):
             raise ValueError(f"x has {len(x)} samples but y has {len(y)}")
         model, grid, watch, sums = self.model, self.grid, self.watch, self.sums
+        if not self.started:
+            self.started = True
+            _warn_of_equal_shares(grid, x)
         if model.sums is not sums:  # another step, for another loss, say, was made or used since
             model.accumulate_in(sums)
         local = self._local(number, x, y)
@@ -207,6 +215,38 @@ class _Plan:
         losses = in_threads(run, threads)
         self.leaves.finish()
         return math.fsum(losses)
+
+
+class _Sum:
+    """A loss that, at its first call, is refused if it is a mean: then it would be divided by the number of samples twice."""
+
+    def __init__(self, loss):
+        self.loss, self.checked = loss, False
+
+    def __call__(self, output, target):
+        value = self.loss(output, target)
+        if not self.checked:
+            self.checked = True
+            once, twice = float(value), math.nan
+            with contextlib.suppress(TypeError, ValueError):  # it has its reasons not to take other numbers of samples
+                twice = float(self.loss(*[np.concatenate([value_of(a)] * 2) for a in (output, target)]))
+            if once and math.isclose(once, twice, rel_tol=1e-5):
+                raise ValueError(f"the loss of {len(target)} samples is {once:g}, and that of the same samples twice as well: "
+                                 f"it is a mean, but gradient and fit take the sum over the samples, such as "
+                                 f"mpiml.ops.cross_entropy, and divide it by their number")
+        return value
+
+
+def _warn_of_equal_shares(grid, x):
+    """Each replica should have samples of its own."""
+    if grid.data == 1:
+        return
+    x = np.asarray(x)
+    told_apart = len(x) >= 8 and (x != x[:1]).any()  # a handful, or ones everywhere, prove nothing
+    texts = grid.texts(hashlib.blake2b(x.tobytes(), digest_size=8).hexdigest() if told_apart else "")
+    if told_apart and len(set(texts)) == 1 and grid.rank == 0:
+        warnings.warn(f"all {grid.data} replicas got the same {len(x)} samples, so each computes what one could: give batches "
+                      f"the grid, batches(..., grid=grid)", stacklevel=2)
 
 
 def _same_weights(model, grid):
