@@ -37,7 +37,7 @@ def _matmul(a, b, c, add):
                     c[s, i, j] = c[s, i, j] + whole[i, j] if add else whole[i, j]
 
 
-@kernel(exact=True, reads="x weight bias")
+@kernel(exact=True, reads="x weight bias", floats="x weight bias y")
 def _linear(x, weight, bias, relu, y):
     """y = x weight' + bias of matrices, a bias of size 0 being none. Returns whether the shapes belong together."""
     size = y.itemsize
@@ -51,7 +51,7 @@ def _linear(x, weight, bias, relu, y):
     return True
 
 
-@kernel(exact=True, reads="x weight", writes="dweight")
+@kernel(exact=True, reads="x weight", writes="dweight dbias", floats="x weight g y dx dweight dbias")
 def _linear_vjp(g, x, weight, y, dx, dweight, dbias, add):
     """Gradients of ``_linear``, or ``dweight`` and ``dbias`` added to; what has size 0 is not wanted.
 
@@ -123,7 +123,6 @@ def linear(x, weight, bias=None, relu=False, out=None):
     ValueError
         Shapes that do not belong together.
     """
-    check_dtypes("linear", x, weight, bias)
     if x.ndim == 0:
         refuse("linear takes {} features (weight {}), but the input is a number", weight.shape[1], weight.shape)
     y = contiguous_output(out, x.shape[:-1] + (len(weight),), x.dtype)
@@ -158,7 +157,7 @@ def linear_vjp(g, x, weight, y=None, dx=None, dweight=None, dbias=None, add=Fals
     ValueError
         Shapes that do not belong together, or a place that is read-only or not as contiguous as said above.
     """
-    check_writable(dx, dweight, dbias)
+    check_writable(dx)
     if dx is not None and not dx.flags.c_contiguous:
         refuse("linear_vjp writes to a C-contiguous dx")
     # Arrays of size 0 stand for None, so that the kernel is compiled once for any selection.

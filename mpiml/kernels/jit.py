@@ -313,12 +313,23 @@ def cache_state():
     return CacheState(folder, ready, len(_made))
 
 
+def one_dtype(name, arrays):
+    """Refuse arrays (or their types) that are not of one dtype, float32 or float64."""
+    dtypes = [str(a.dtype) for a in arrays]
+    for dtype in dtypes:
+        if dtype not in ("float32", "float64"):
+            raise TypeError(f"{name} takes float32 or float64, not {dtype}: convert it with .astype(np.float32)")
+        if dtype != dtypes[0]:
+            raise TypeError(f"{name} got arrays of {dtypes[0]} and {dtype}: convert the first with .astype(np.{dtype}), or the "
+                            f"other")
+
+
 # For short functions of arrays: numba puts their text into the kernel that calls them. A call that hands over arrays, even
 # one that LLVM inlines, counts references to them, which is too much for a short run.
 inlined = register_jitable(inline="always")
 
 
-def kernel(function=None, *, exact=False, reads="", writes=""):
+def kernel(function=None, *, exact=False, reads="", writes="", floats=""):
     """Compile ``function`` with numba at its first call: no Python objects, no GIL, cached on disk.
 
     Parameters
@@ -329,9 +340,17 @@ def kernel(function=None, *, exact=False, reads="", writes=""):
     reads, writes : str
         Names of array parameters that may have any strides, and that this kernel reads or writes. Numba would
         compile anew for each combination of memory layouts and of read-only arrays; for these it compiles once.
+    floats : str
+        Names of array parameters that must be float32 or float64, and all the same. This is looked at when arrays of new
+        types come, and costs the calls nothing.
+
+    Raises
+    ------
+    TypeError, ValueError
+        From the kernel: arrays in ``floats`` are of other dtypes; one in ``writes`` is read-only.
     """
     if function is None:
-        return functools.partial(kernel, exact=exact, reads=reads, writes=writes)
+        return functools.partial(kernel, exact=exact, reads=reads, writes=writes, floats=floats)
     dispatcher = numba.njit(nogil=True, error_model="numpy", no_cfunc_wrapper=True,
                             fastmath=False if exact else FASTMATH)(function)
     names = function.__code__.co_varnames[:function.__code__.co_argcount]
@@ -349,6 +368,11 @@ def kernel(function=None, *, exact=False, reads="", writes=""):
 
     def compile_once(signature):
         given, result = numba.core.sigutils.normalize_signature(signature)
+        kinds = dict(zip(names, given, strict=True))
+        one_dtype(function.__name__.strip("_"), [kinds[name] for name in floats.split()])
+        for name in writes.split():
+            if not kinds[name].mutable:
+                raise ValueError(f"{name} is to be written to and is read-only: pass a copy")
         wanted = tuple(general(i, kind) for i, kind in enumerate(given))
         with global_compiler_lock:  # the lock counts for this process: one thread at a time
             if not caches:
