@@ -34,8 +34,13 @@ def flatten(x):
 @op
 def transpose(x, axes=None):
     """x with its axes reversed, or in the order ``axes``."""
-    return np.transpose(x, axes), (lambda g: np.transpose(
-        g, None if axes is None else np.argsort([axis % x.ndim for axis in axes])),)
+    dims = x.ndim
+
+    def vjp(g):
+        places = axes and [axis % dims for axis in axes]
+        return np.transpose(g, places and [places.index(axis) for axis in range(dims)])
+
+    return np.transpose(x, axes), (vjp,)
 
 
 @op
