@@ -227,11 +227,12 @@ class _Sum:
         value = self.loss(output, target)
         if not self.checked:
             self.checked = True
-            once, twice = float(value), math.nan
+            some = [value_of(a)[:8] for a in (output, target)]
+            once = twice = math.nan
             with contextlib.suppress(TypeError, ValueError):  # it has its reasons not to take other numbers of samples
-                twice = float(self.loss(*[np.concatenate([value_of(a)] * 2) for a in (output, target)]))
+                once, twice = float(self.loss(*some)), float(self.loss(*[np.concatenate([a, a]) for a in some]))
             if once and math.isclose(once, twice, rel_tol=1e-5):
-                raise ValueError(f"the loss of {len(target)} samples is {once:g}, and that of the same samples twice as well: "
+                raise ValueError(f"the loss of {len(some[1])} samples is {once:g}, and that of the same samples twice as well: "
                                  f"it is a mean, but gradient and fit take the sum over the samples, such as "
                                  f"mpiml.ops.cross_entropy, and divide it by their number")
         return value
