@@ -74,7 +74,7 @@ class Replay:
         self.function = function
         self.model = function if isinstance(function, Module) else model
         self.reasons = []
-        self._found = {}  # for a kind of arguments: a _Recording (called once), a _Program, or None (called each time)
+        self._found = {}  # for a kind of arguments: a _Recording (called once), a _Program, or False (called each time)
         self._arguments = [*inspect.signature(function).parameters]
         self._names = {id(p): name for name, p in self.model.named().items()} if self.model else {}
 
@@ -86,28 +86,28 @@ class Replay:
             return self.function(*args)
         kind = tuple([_kind(a) for a in args])
         try:
-            found = self._found.get(kind, self)
+            found = self._found.get(kind)
         except TypeError as error:
             raise TypeError(f"a Replay takes arrays, Tensors and what can be a key of a dict ({error}): give what is in a list "
                             f"as arrays or as arguments of their own") from None
         if type(found) is _Program:
             if found.fits():
                 return found(args)
-            found = self
-        if found is None:
+            found = None
+        if found is False:
             return self.function(*args)
         # Views are objects that nobody else has: so the argument is told from the same array elsewhere in the function.
         args = [a.view() if isinstance(a, ARRAYS) else a for a in args]
-        with _Recording(args) as recording:
+        with _Recording(args, found.outside() if found else ()) as recording:
             output = self.function(*args)
         recording.finish(output)
-        if found is self:
+        if found is None:
             self._found[kind] = recording
             if len(self._found) > KINDS:
                 self._found.pop(next(iter(self._found)), None)
         elif reason := recording.unlike(found):
-            self._found[kind] = None
-            self.reasons.append(reason)
+            self._found[kind] = False
+            self.reasons += [reason] if reason not in self.reasons else []
         else:
             self._found[kind] = _Program(recording, self._arguments, self._names)
         return output
@@ -145,21 +145,24 @@ class _Call(NamedTuple):
     sources: list  # a _Source for each argument; None for a constant
     constants: list  # these, and None for the others
     options: dict
-    prints: list  # the contents of the arrays in these, hashed
     shape: tuple  # of its value
     parameters: int  # of the op
     tape: str  # "joint" if it has one vjp for all arguments, "each" if one for each, "" if it is not on the tape
 
 
 class _Recording:
-    """The ops that a function called in this thread, and with what."""
+    """The ops that a function called in this thread, and with what.
 
-    def __init__(self, args):
+    ``outside`` are arrays that it took the time before without having them as arguments.
+    """
+
+    def __init__(self, args, outside=()):
         self.arrays = [i for i, a in enumerate(args) if isinstance(value_of(a), ARRAYS)]
         self.twins = [a.twins for a in args if isinstance(a, Step)]  # kept, as _kind knows them by their id
         self.calls, self.leaves, self.failure = [], [], None
         self._sources = {}  # of Tensors and arrays, by id
-        self._prints = []  # of the same: (Tensor or array, its contents hashed); so no other gets an id of these, either
+        # Of the same, and of what lies outside: (Tensor or array, its contents hashed); so no other gets an id of these.
+        self._prints = [(a, _print(a)) for a in outside]
         for i, a in enumerate(args):
             if id(value_of(a)) in self._sources:
                 self.fail("two of its arguments are one Tensor, or of one array")
@@ -190,7 +193,7 @@ class _Recording:
         tape = "" if not isinstance(result, Tensor) else "joint" if result.node.joint else "each"
         self._know(result, "op", len(self.calls))
         self._prints += [(a, _print(a)) for a in outside]
-        self.calls.append(_Call(called, sources, constants, options, [_print(a) for a in outside], np.shape(value_of(result)),
+        self.calls.append(_Call(called, sources, constants, options, np.shape(value_of(result)),
                                 getattr(getattr(result, "node", None), "parameters", 0), tape))
 
     def _know(self, a, kind, number):
@@ -226,6 +229,10 @@ class _Recording:
             s._replace(number=new[s.number]) if s and s.kind == "op" else s for s in self.calls[old].sources]) for old in new]
         del self._sources, self._prints
 
+    def outside(self):
+        """Arrays and Tensors that are neither arguments nor from ops."""
+        return [*_arrays_in([[(call.constants, call.options) for call in self.calls], self.leaves])]
+
     def unlike(self, other):
         """What keeps this from being replayed, or was not the same in the other recording, in words; None if nothing."""
         if self.failure:
@@ -234,7 +241,7 @@ class _Recording:
             if call.op is not before.op:
                 return f"it called {call.op.__name__} where it had called {before.op.__name__}"
             arrays, others = ([*_arrays_in([c.constants, c.options])] for c in (call, before))
-            if call.prints != before.prints or not _same(arrays, others):
+            if not _same(arrays, others):
                 return (f"{call.op.__name__} took an array that is neither an argument nor from an op: compute it with "
                         f"mpiml.ops, or give it as an argument; make a NumPy scalar that depends on no array a Python number")
             if not _same(call, before):
