@@ -67,7 +67,7 @@ class Replay:
     Raises
     ------
     TypeError
-        From a call: an argument is a list, say, which cannot be a key.
+        From a call: an argument is a list, say, which cannot be a key, or a masked array.
     """
 
     def __init__(self, function, model=None):
@@ -120,7 +120,9 @@ class Replay:
 def _kind(a):
     """What two arguments have in common if one program serves both."""
     if isinstance(a, np.ndarray):
-        return type(a), a.shape, a.dtype, a.strides
+        if type(a) not in (np.ndarray, np.memmap):  # such as masked ones, which an op gives back as plain, and a rule does not
+            raise TypeError(f"a Replay takes plain arrays, not a {type(a).__name__}: give it np.asarray of that")
+        return a.shape, a.dtype, a.strides
     if isinstance(a, Tensor):
         return Tensor, *_kind(a.value)
     if isinstance(a, Step):
@@ -213,10 +215,10 @@ class _Recording:
         """Keep the calls on which the output depends, and no arrays."""
         if any(_print(a) != before for a, before in self._prints):
             self.fail("it changed an array in place: compute another with mpiml.ops")
-        if any(isinstance(a, Tensor) and a.node and a.node.edges is None for a, _ in self._prints):
-            self.fail("it called backward: do so with what it returns")
         if any(leaf.node for leaf in self.leaves):
             self.fail("it took the value of an op that it did not call: give it as an argument")
+        if any(isinstance(a, Tensor) and a.node and a.node.edges is None for a, _ in self._prints):
+            self.fail("it called backward: do so with what it returns")
         root = self._sources.get(id(output))
         if root is None or root.kind != "op" or not root.wants:
             root = None

@@ -470,6 +470,11 @@ def test_a_list_is_refused():
         Replay(lambda x, y: x * W)(np.ones(3), [1])
 
 
+def test_a_masked_array_is_refused():
+    with pytest.raises(TypeError, match=r"plain arrays, not a MaskedArray: give it np\.asarray"):
+        Replay(lambda x: x * W)(np.ma.ones(3))
+
+
 # --- On a grid: passes on any number of ranks -------------------------------------------------------------------
 
 def _train(model, pipe, schedule, replay, lanes=None):
