@@ -29,6 +29,8 @@ recordings must be the same; one with dropout, say, whose mask is another one ea
 """
 
 import inspect
+import keyword
+import operator
 import re
 import threading
 from typing import NamedTuple
@@ -39,6 +41,9 @@ from mpiml import tensor
 from mpiml.nn import Module, Step
 from mpiml.tensor import Tensor, is_own, on_tape, value_of
 
+KINDS = 256  # of arguments that a Replay remembers: one that is called with a new number each time must not grow for ever
+ARRAYS = (np.ndarray, np.number)  # not bool_: there is one True only, so it cannot be told where it came from
+
 
 class Replay:
     """``function``, called as before, and from the third call with arguments of the same shapes on faster.
@@ -48,9 +53,9 @@ class Replay:
     Parameters
     ----------
     function : Module or function
-        Takes arrays, Tensors, :class:`mpiml.nn.Step` and whatever can be a key of a dict, and returns a Tensor. What
-        depends on the values of its arrays it must compute with :mod:`mpiml.ops`; what else it does, such as printing,
-        happens while it is recorded and not when it is replayed.
+        Takes arrays, Tensors, :class:`mpiml.nn.Step` and whatever can be a key of a dict (for each value of these a program
+        of its own), and returns a Tensor. What depends on the values of its arrays it must compute with :mod:`mpiml.ops`;
+        what else it does, such as printing, happens while it is recorded and not when it is replayed.
     model : Module, optional
         The program calls parameters by their names in it; by default ``function``, if that is one.
 
@@ -58,31 +63,51 @@ class Replay:
     ----------
     reasons : list of str
         Why what was recorded is not replayed.
+
+    Raises
+    ------
+    TypeError
+        From a call: an argument is a list, say, which cannot be a key, or a masked array.
     """
 
     def __init__(self, function, model=None):
         self.function = function
+        self.model = function if isinstance(function, Module) else model
         self.reasons = []
-        self._found = {}  # for a kind of arguments: a _Recording (called once), a _Program, or None (called each time)
+        self._found = {}  # for a kind of arguments: a _Recording (called once), a _Program, or False (called each time)
         self._arguments = [*inspect.signature(function).parameters]
-        model = function if isinstance(function, Module) else model
-        self._names = {id(p): name for name, p in model.named().items()} if model else {}
+        self._names = {id(p): name for name, p in self.model.named().items()} if self.model else {}
+
+    def __reduce__(self):
+        return Replay, (self.function, self.model)  # a copy records anew: its parameters are others
 
     def __call__(self, *args):
-        kind = tuple([_kind(a) for a in args])
-        found = self._found.get(kind, self)
-        if type(found) is _Program:
-            return found(args)
-        if found is None or threading.get_ident() in tensor.recordings:  # one that calls this is recorded: it gets the ops
+        if tensor.recordings and threading.get_ident() in tensor.recordings:  # one that calls this is recorded: it gets the ops
             return self.function(*args)
-        with _Recording(args) as recording:
+        kind = tuple([_kind(a) for a in args])
+        try:
+            found = self._found.get(kind)
+        except TypeError as error:
+            raise TypeError(f"a Replay takes arrays, Tensors and what can be a key of a dict ({error}): give what is in a list "
+                            f"as arrays or as arguments of their own") from None
+        if type(found) is _Program:
+            if found.fits():
+                return found(args)
+            found = None
+        if found is False:
+            return self.function(*args)
+        # Views are objects that nobody else has: so the argument is told from the same array elsewhere in the function.
+        args = [a.view() if isinstance(a, ARRAYS) else a for a in args]
+        with _Recording(args, found.outside() if found else ()) as recording:
             output = self.function(*args)
         recording.finish(output)
-        if found is self:
+        if found is None:
             self._found[kind] = recording
+            if len(self._found) > KINDS:
+                self._found.pop(next(iter(self._found)), None)
         elif reason := recording.unlike(found):
-            self._found[kind] = None
-            self.reasons.append(reason)
+            self._found[kind] = False
+            self.reasons += [reason] if reason not in self.reasons else []
         else:
             self._found[kind] = _Program(recording, self._arguments, self._names)
         return output
@@ -95,10 +120,16 @@ class Replay:
 def _kind(a):
     """What two arguments have in common if one program serves both."""
     if isinstance(a, np.ndarray):
+        if type(a) not in (np.ndarray, np.memmap):  # such as masked ones, which an op gives back as plain, and a rule does not
+            raise TypeError(f"a Replay takes plain arrays, not a {type(a).__name__}: give it np.asarray of that")
         return a.shape, a.dtype, a.strides
     if isinstance(a, Tensor):
         return Tensor, *_kind(a.value)
-    return (Step, id(a.twins)) if isinstance(a, Step) else a
+    if isinstance(a, Step):
+        return Step, id(a.twins)
+    if isinstance(a, np.number):
+        return type(a)
+    return type(a), a, repr(a) if isinstance(a, (float, tuple)) else ""  # 0.0 == -0.0, and (1,) == (True,)
 
 
 class _Source(NamedTuple):
@@ -122,14 +153,21 @@ class _Call(NamedTuple):
 
 
 class _Recording:
-    """The ops that a function called in this thread, and with what."""
+    """The ops that a function called in this thread, and with what.
 
-    def __init__(self, args):
-        self.arrays = [i for i, a in enumerate(args) if isinstance(value_of(a), np.ndarray)]
+    ``outside`` are arrays that it took the time before without having them as arguments.
+    """
+
+    def __init__(self, args, outside=()):
+        self.arrays = [i for i, a in enumerate(args) if isinstance(value_of(a), ARRAYS)]
+        self.twins = [a.twins for a in args if isinstance(a, Step)]  # kept, as _kind knows them by their id
         self.calls, self.leaves, self.failure = [], [], None
         self._sources = {}  # of Tensors and arrays, by id
-        self._held = [args]  # so that no other array gets an id of these
+        # Of the same, and of what lies outside: (Tensor or array, its contents hashed); so no other gets an id of these.
+        self._prints = [(a, _print(a)) for a in outside]
         for i, a in enumerate(args):
+            if id(value_of(a)) in self._sources:
+                self.fail("two of its arguments are one Tensor, or of one array")
             self._know(a, "argument", i)
 
     def __enter__(self):
@@ -139,65 +177,105 @@ class _Recording:
     def __exit__(self, *error):
         del tensor.recordings[threading.get_ident()]
 
+    def fail(self, reason):
+        """What is recorded cannot be replayed, for a reason in words."""
+        self.failure = self.failure or reason
+
     def add(self, called, args, options, result):
         """The op ``called`` was called: :mod:`mpiml.tensor` says so."""
+        if [*_arrays_in(options)]:
+            bound = inspect.signature(called.rule).bind(*args, **options)
+            bound.apply_defaults()
+            args, options = bound.args, bound.kwargs
         sources = [self._source(a) for a in args]
         constants = [None if s else a for a, s in zip(args, sources, strict=True)]
+        outside = [*_arrays_in([constants, options])]
+        if any(id(a) in self._sources for a in outside):
+            self.fail(f"{called.__name__} took an array inside a tuple, list or option: its arguments themselves may be arrays")
         tape = "" if not isinstance(result, Tensor) else "joint" if result.node.joint else "each"
         self._know(result, "op", len(self.calls))
-        self._held.append((args, result))
+        self._prints += [(a, _print(a)) for a in outside]
         self.calls.append(_Call(called, sources, constants, options, np.shape(value_of(result)),
                                 getattr(getattr(result, "node", None), "parameters", 0), tape))
 
     def _know(self, a, kind, number):
         if isinstance(a, Tensor):
             self._sources[id(a)] = _Source(kind, number, True)
-            a = a.value
-        if isinstance(a, (np.ndarray, np.generic)):
-            self._sources[id(a)] = _Source(kind, number, False)
+        if isinstance(value_of(a), ARRAYS):
+            self._sources[id(value_of(a))] = _Source(kind, number, False)
+            self._prints.append((a, _print(a)))
 
     def _source(self, a):
         if isinstance(a, Tensor) and id(a) not in self._sources:
             self._know(a, "leaf", len(self.leaves))
             self.leaves.append(a)
-        return self._sources.get(id(a)) if isinstance(a, (Tensor, np.ndarray, np.generic)) else None
+        return self._sources.get(id(a)) if isinstance(a, (Tensor, *ARRAYS)) else None
 
     def finish(self, output):
         """Keep the calls on which the output depends, and no arrays."""
+        if any(_print(a) != before for a, before in self._prints):
+            self.fail("it changed an array in place: compute another with mpiml.ops")
+        if any(leaf.node for leaf in self.leaves):
+            self.fail("it took the value of an op that it did not call: give it as an argument")
+        if any(isinstance(a, Tensor) and a.node and a.node.edges is None for a, _ in self._prints):
+            self.fail("it called backward: do so with what it returns")
         root = self._sources.get(id(output))
         if root is None or root.kind != "op" or not root.wants:
-            self.failure = f"it returned {type(output).__name__}, not a Tensor from one of its ops"
-        needed = [] if self.failure else [root.number]
+            root = None
+            self.fail(f"it returned {type(output).__name__}, not a Tensor from one of its ops")
+        needed = [root.number] if root else []
         for i in needed:  # which grows meanwhile
             needed += {s.number for s in self.calls[i].sources if s and s.kind == "op"} - {*needed}
         new = {old: i for i, old in enumerate(sorted(needed))}
         self.calls = [self.calls[old]._replace(sources=[
             s._replace(number=new[s.number]) if s and s.kind == "op" else s for s in self.calls[old].sources]) for old in new]
-        del self._sources, self._held
+        del self._sources, self._prints
+
+    def outside(self):
+        """Arrays and Tensors that are neither arguments nor from ops."""
+        return [*_arrays_in([[(call.constants, call.options) for call in self.calls], self.leaves])]
 
     def unlike(self, other):
         """What keeps this from being replayed, or was not the same in the other recording, in words; None if nothing."""
+        if self.failure:
+            return self.failure
         for call, before in zip(self.calls, other.calls, strict=False):
             if call.op is not before.op:
                 return f"it called {call.op.__name__} where it had called {before.op.__name__}"
+            arrays, others = ([*_arrays_in([c.constants, c.options])] for c in (call, before))
+            if not _same(arrays, others):
+                return (f"{call.op.__name__} took an array that is neither an argument nor from an op: compute it with "
+                        f"mpiml.ops, or give it as an argument; make a NumPy scalar that depends on no array a Python number")
             if not _same(call, before):
-                if any(isinstance(a, np.ndarray) and not _same(a, b)
-                       for a, b in zip(call.constants, before.constants, strict=False)):
-                    return (f"{call.op.__name__} took an array that is neither an argument nor from an op: compute it with "
-                            f"mpiml.ops, or give it as an argument")
                 return f"{call.op.__name__} had other arguments than the time before"
         if len(self.calls) != len(other.calls):
             return f"it called {len(self.calls)} ops where it had called {len(other.calls)}"
         if not _same(self.leaves, other.leaves):
             return "a Tensor that is not among its arguments was not that of the time before"
-        return self.failure
+        return None
+
+
+def _arrays_in(a):
+    """The arrays, NumPy scalars and Tensors in ``a``, which may be a tuple, list or dict."""
+    if isinstance(a, dict):
+        a = [*a.values()]
+    if isinstance(a, (tuple, list)):
+        for item in a:
+            yield from _arrays_in(item)
+    elif isinstance(a, (np.ndarray, np.generic, Tensor)):
+        yield a
+
+
+def _print(a):
+    """The contents of an array or Tensor, hashed."""
+    return hash(value_of(a).tobytes("A"))
 
 
 def _same(a, b):
     """Whether constants are the same; arrays only if they are one, since nobody knows what they depend on."""
-    if type(a) is not type(b):
+    if type(a) is not type(b) or isinstance(a, np.bool_):
         return False
-    if isinstance(a, (np.ndarray, Tensor)):
+    if isinstance(a, (np.ndarray, np.generic, Tensor)):
         return a is b
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(_same(value, b[key]) for key, value in a.items())
@@ -214,10 +292,20 @@ class _Program:
         self.text = f"{writer.forward()}\n\n{writer.backward()}"
         exec(compile(self.text, "<replay>", "exec"), writer.names)  # noqa: S102  what print(replay) shows, and nothing else
         self._forward, self._backward = writer.names["forward"], writer.names["backward"]
-        self._arrays, self._leaves = recording.arrays, recording.leaves
+        self._arrays, self._leaves, self._twins = recording.arrays, recording.leaves, recording.twins
+        self._values = [leaf.value for leaf in self._leaves]
         reached = [i for i, reached in enumerate(writer.reached) if reached]
         self._arguments = [(self._arrays[i], i) for i in reached if i < len(self._arrays)]
         self._edges = [(self._leaves[i - len(self._arrays)], i) for i in reached if i >= len(self._arrays)]
+
+    def fits(self):
+        """Whether the Tensors that are no arguments have the shapes and dtypes that they had when this was recorded."""
+        values = [leaf.value for leaf in self._leaves]
+        if not all(map(operator.is_, values, self._values)):
+            if any(a.shape != b.shape or a.dtype != b.dtype for a, b in zip(values, self._values, strict=True)):
+                return False
+            self._values = values
+        return True
 
     def __call__(self, args):
         vjps = {}
@@ -248,15 +336,15 @@ class _Writer:
         self.names = {"add_to": _add_to, "total": _total}
         self.rules = [self._name(call.op.__name__, call.op.rule) for call in self.calls]
         self.inputs = {("argument", i): self._name(arguments[i] if i < len(arguments) else f"x{i}") for i in recording.arrays}
-        self.inputs |= {("leaf", i): self._name(re.sub(r"\W", "_", f"p{names.get(id(leaf), i)}"))
+        self.inputs |= {("leaf", i): self._name(f"p{names.get(id(leaf), i)}")
                         for i, leaf in enumerate(recording.leaves)}
         self.places = {source: i for i, source in enumerate(self.inputs)}
         self.reached = [False] * len(self.inputs)
 
     def _name(self, wanted, thing=None):
         """A name that means this thing and no other."""
-        name = wanted.strip("_")
-        while re.fullmatch(r"[vg]\d*|vjps|into|parts|each", name) or (
+        name = re.sub(r"\W", "_", wanted).strip("_")  # <lambda>
+        while re.fullmatch(r"[vg]?\d*|vjps|into|parts|each", name) or keyword.iskeyword(name) or (
                 name in self.names and (thing is None or self.names[name] is not thing)):
             name += "_"
         self.names[name] = thing
@@ -278,9 +366,11 @@ class _Writer:
         return "\n".join([*lines, f"    return {names[len(self.calls) - 1]}"])
 
     def _constant(self, value):
-        if isinstance(value, (int, str, type(None))) or (type(value) is float and np.isfinite(value)):
+        if type(value) in (bool, int, str, type(None)) or (type(value) is float and np.isfinite(value)):
             return repr(value)
-        if type(value) in (tuple, list):
+        if type(value) is list:  # not the same as a tuple, where it is an index
+            return f"[{', '.join(map(self._constant, value))}]"
+        if type(value) is tuple:
             return f"({''.join(f'{self._constant(item)}, ' for item in value)})"
         return self._name("constant", value)
 

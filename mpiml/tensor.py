@@ -75,10 +75,10 @@ class Tensor:
         return len(self.value)
 
     def __float__(self):
-        return float(self.value)
+        return float(_look(self))
 
     def __bool__(self):
-        return bool(self.value)
+        return bool(_look(self))
 
     def __repr__(self):
         return f"Tensor({np.array2string(self.value, separator=', ', prefix='Tensor(')}, {self.dtype})"
@@ -90,22 +90,22 @@ class Tensor:
 
     # Comparisons make masks, plain boolean arrays.
     def __lt__(self, other):
-        return self.value < value_of(other)
+        return _look(self) < value_of(other)
 
     def __le__(self, other):
-        return self.value <= value_of(other)
+        return _look(self) <= value_of(other)
 
     def __gt__(self, other):
-        return self.value > value_of(other)
+        return _look(self) > value_of(other)
 
     def __ge__(self, other):
-        return self.value >= value_of(other)
+        return _look(self) >= value_of(other)
 
     def __eq__(self, other):
-        return self.value == value_of(other)
+        return _look(self) == value_of(other)
 
     def __ne__(self, other):
-        return self.value != value_of(other)
+        return _look(self) != value_of(other)
 
     def __add__(self, other):
         return add(self, other)
@@ -235,6 +235,14 @@ def _record(called, args, options, result):
     recording = recordings.get(threading.get_ident())
     if recording:
         recording.add(called, args, options, result)
+
+
+def _look(tensor):
+    """The value, for Python to see: what is made of it, such as a branch, is in no recording."""
+    recording = recordings and recordings.get(threading.get_ident())
+    if recording:
+        recording.fail("it looked at the value of a Tensor, by a comparison, bool() or float(): use mpiml.ops")
+    return tensor.value
 
 
 def _vjp(name, vjps, i):

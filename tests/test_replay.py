@@ -1,5 +1,6 @@
 """Replay: programs with the same bits as the ops they stand for, and what is not made a program."""
 
+import copy
 import gc
 import re
 import threading
@@ -303,6 +304,175 @@ def test_an_error_while_recording_leaves_nothing_behind():
     for _ in range(3):
         y = replay(np.ones((2, 6), np.float32), True)
     np.testing.assert_array_equal(y.value, net(np.ones((2, 6), np.float32)))
+
+
+# --- What a recording does not show, or shows wrongly ------------------------------------------------------------
+
+W = Tensor(np.array([0.5, -2.0, 3.0]))
+MASKS = np.array([[True, False, True], [True, True, False]])
+
+
+@op
+def masked(x, *, mask):
+    return np.where(mask, x, 0), (lambda g: np.where(mask, g, 0),)
+
+
+def same(function, *calls):
+    """The Replay, after calls that all have to give the same bits as the function itself."""
+    replay = Replay(function)
+    for args in calls:
+        results = []
+        for f in replay, function:
+            W.grad = None
+            output = f(*[a.copy() if isinstance(a, np.ndarray) and a.ndim == 2 else a for a in args])
+            output.backward(np.ones(output.shape))
+            results.append((output.value, W.grad))
+        for mine, expected in zip(*results, strict=True):
+            np.testing.assert_array_equal(mine, expected)
+    return replay
+
+
+def arrays(calls):
+    return [(rng.standard_normal((2, 3)),) for _ in range(calls)]
+
+
+def test_two_arguments_may_be_one_array():
+    x, y = np.ones(3), np.full(3, 2.0)
+    assert not same(lambda a, b: a * W + b, (x, x), (x, x), (x, y), (y, x)).reasons
+    replay, one = Replay(lambda a, b: a * W + ops.multiply(2, b)), Tensor(x)
+    for b in one, one, Tensor(y):
+        np.testing.assert_array_equal(replay(one, b).value, x * W.value + 2 * b.value)
+    assert "one Tensor" in replay.reasons[0]
+
+
+def test_an_argument_may_be_an_array_of_the_function_as_well():
+    x = np.ones(3)
+    assert not same(lambda a: a * W + x, (x,), (x,), (np.zeros(3),)).reasons
+
+
+def test_arguments_that_are_equal_but_not_the_same():
+    x = np.ones(3)
+    same(lambda a, n: a * W * (2 if n is True else 3), *[(x, n) for n in (True, True, True, 1, 1, 1, 1.0)])
+    same(lambda a, n: a * W * float(np.copysign(1, n)), *[(x, n) for n in (0.0, 0.0, 0.0, -0.0)])
+    same(lambda a, n: a * W * (2 if n[0] is True else 3), *[(x, n) for n in ((1,), (1,), (1,), (True,))])
+
+
+def test_numpy_scalars_are_arrays():
+    assert not same(lambda a, n: a * W * n, *[(np.ones(3), np.float64(n)) for n in range(4)]).reasons
+
+
+@pytest.mark.parametrize("function", [
+    lambda x: (x * W)[[0, 1]],  # not (0, 1)
+    lambda x: ops.where(MASKS, *[x * W, x]),
+    op(lambda x: (3 * x, (lambda g: 3 * g,))),
+    lambda lambda_: masked(lambda_ * W, mask=MASKS),
+])
+def test_what_is_written_down_means_the_same(function):
+    assert not same(lambda x: function(x * W), *arrays(4)).reasons
+
+
+def test_an_array_may_be_an_option():
+    def attend(x, mask):
+        x = ops.reshape(x * W, (1, 2, 3))
+        return ops.scaled_dot_product_attention(x, x, x, mask=mask)
+
+    x = rng.standard_normal((2, 3))
+    masks = [np.array([[True, n > 1]]) for n in range(4)]
+    assert not same(attend, *[(x, masks[n]) for n in (0, 0, 2, 3)]).reasons
+
+
+COUNTS = np.zeros(3)
+
+
+def counting(x):
+    COUNTS[:] += 1
+    return x * W * COUNTS
+
+
+def stepping(x):
+    loss = ops.sum(x * W)
+    loss.backward()
+    return loss
+
+
+def replaced(x):
+    h = x * W
+    h.value = np.clip(h.value, 0, 1)
+    return ops.exp(h)
+
+
+def in_place(x):
+    h = ops.exp(x)
+    h[0] = 0
+    return h * W
+
+
+OUTSIDE = W * np.ones(3)
+
+
+@pytest.mark.parametrize(("function", "reason"), [
+    (lambda x: x * W / np.abs(np.sign(x)).max(), "took an array that"),  # which was 1 twice
+    (lambda x: ops.where(ops.sum(x) * 0 == 0, x * W, x), "took an array that"),
+    (counting, "changed an array in place"),
+    (in_place, "changed an array in place"),
+    (replaced, "changed an array in place"),
+    (stepping, "called backward"),
+    (lambda x: x * W * 2 if ops.sum(x * W) > 0 else x * W, "looked at the value"),
+    (lambda x: x * OUTSIDE, "value of an op that it did not call"),
+])
+def test_what_a_recording_cannot_hold_is_refused(function, reason):
+    replay = Replay(function)
+    for (x,) in arrays(4):
+        replay(x)
+    assert re.search(reason, replay.reasons[0])
+    assert "def" not in str(replay)
+
+
+def test_an_argument_in_a_tuple_is_refused():
+    x, y = rng.standard_normal((2, 3)), np.array([0, 1])
+    assert "inside a tuple" in same(lambda x, y: (x * W)[:, y], (x, y), (x, y), (x, y[::-1].copy())).reasons[0]
+
+
+def test_tensors_of_another_shape_are_recorded_anew():
+    w = Tensor(np.ones(3))
+    replay = Replay(lambda x: ops.sum(w * W[0]) * x / len(w))
+    for size in 3, 3, 3, 5, 5, 5:
+        w.value = np.arange(size + 0.0)
+        np.testing.assert_array_equal(replay(np.ones(2)).value, w.value.sum() * W.value[0] * np.ones(2) / size)
+
+
+def test_a_copy_is_of_its_own():
+    replay = Replay(mlp().init())
+    x = np.ones((2, 6), np.float32)
+    for _ in range(3):
+        replay(x, True)
+    other = copy.deepcopy(replay)
+    other.function.init(seed=2)
+    for _ in range(3):
+        np.testing.assert_array_equal(other(x, True).value, other.function(x))
+    np.testing.assert_array_equal(replay(x, True).value, replay.function(x))
+
+
+def test_an_outer_recording_sees_the_ops_of_an_inner_program():
+    inner = same(lambda x: x * W, *arrays(3))
+    assert not same(lambda x: ops.exp(inner(x)), *arrays(3)).reasons
+
+
+def test_new_numbers_do_not_fill_the_memory():
+    replay = Replay(lambda x, n: x * W * n)
+    for n in range(1000):
+        replay(np.ones(3), n)
+    assert len(replay._found) <= 256
+
+
+def test_a_list_is_refused():
+    with pytest.raises(TypeError, match=r"key of a dict .*list.*: give what is in a list as arrays"):
+        Replay(lambda x, y: x * W)(np.ones(3), [1])
+
+
+def test_a_masked_array_is_refused():
+    with pytest.raises(TypeError, match=r"plain arrays, not a MaskedArray: give it np\.asarray"):
+        Replay(lambda x: x * W)(np.ma.ones(3))
 
 
 # --- On a grid: passes on any number of ranks -------------------------------------------------------------------
