@@ -21,7 +21,7 @@ ALLOWED = {
     "ops": ({"kernels", "ops", "tensor"}, {"numpy"}),
     "describe.py": ({"nn", "ops"}, {"numpy"}),
     "nn": ({"nn", "ops", "random", "tensor"}, {"numpy"}),
-    "replay.py": ({"nn", "tensor"}, {"numpy"}),
+    "replay": ({"nn", "replay", "tensor"}, {"numpy"}),
     "lanes.py": ({"cores", "data", "kernels", "nn", "tensor"}, {"numpy"}),
     "optim.py": ({"kernels", "nn"}, {"numpy"}),
     "metrics.py": (set(), {"numpy"}),
