@@ -51,7 +51,7 @@ def _coefficients(var, c, eps, weight, bias):
 def _block(x, b, samples, columns):
     """Block ``b`` of x, the axis that is contiguous last."""
     block = x[b * samples:(b + 1) * samples]
-    return block.transpose(2, 1, 0) if columns else block
+    return block.T if columns else block
 
 
 @kernel(exact=True, reads="x weight bias", writes="mean var y")
