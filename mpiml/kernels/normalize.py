@@ -119,17 +119,17 @@ def _standardize_vjp(g, x, samples, eps, weight, bias, positive, mean, var, meas
 
 
 @public
-def _in_columns(x):
-    """Does the (n, c, m) array ``x`` lie in memory as (m, c, n), with a vector to work on?"""
+def _in_columns(x, samples):
+    """Does the (n, c, m) array ``x`` lie in memory as (m, c, n)? For samples on their own a place must fill a vector."""
     size = x.itemsize
-    return x.strides[0] == size and x.strides[1] == size * len(x) and lanes(x) <= len(x) * x.shape[1]
+    return x.strides[0] == size and x.strides[1] == size * len(x) and (samples > 1 or lanes(x) <= len(x) * x.shape[1])
 
 
 @public
-def _arranged(x, columns):
+def _arranged(x, columns, samples):
     """``x`` where it lies, if in this layout, or a copy."""
     if columns:
-        return x if _in_columns(x) else np.ascontiguousarray(x.transpose(2, 1, 0)).transpose(2, 1, 0)
+        return x if _in_columns(x, samples) else np.ascontiguousarray(x.transpose(2, 1, 0)).transpose(2, 1, 0)
     return x if x.strides[2] == x.itemsize else np.ascontiguousarray(x)
 
 
@@ -195,8 +195,8 @@ def standardize(x, samples=1, eps=1e-5, groups=0, weight=None, bias=None, relu=F
     """
     check_dtypes("standardize", x, weight, bias)
     _check(x, samples, groups)
-    columns = _in_columns(x)
-    x = _arranged(x, columns)
+    columns = _in_columns(x, samples)
+    x = _arranged(x, columns, samples)
     y = _like(x, columns)
     shape = (-(-len(x) // samples) if x.size else 0, groups or x.shape[1])
     mean, var = np.empty(shape, x.dtype), np.empty(shape, x.dtype)
@@ -231,8 +231,8 @@ def _vjp(g, x, mean, var, samples, eps, weight, bias, relu, measured):
     if g.shape != x.shape or (x.size and len(mean) != -(-len(x) // samples)) or mean.shape != var.shape:
         refuse("a norm of an input of shape {} in blocks of {} has a gradient of that shape, not {}, and statistics of each "
                "block, not {}", x.shape, samples, g.shape, mean.shape)
-    columns = _in_columns(x)
-    x, g = _arranged(x, columns), _arranged(g, columns)
+    columns = _in_columns(x, samples)
+    x, g = _arranged(x, columns, samples), _arranged(g, columns, samples)
     dx = _like(x, columns)
     dweight, dbias = np.zeros(x.shape[1], x.dtype), np.zeros(x.shape[1], x.dtype)
     if x.size:
@@ -244,7 +244,7 @@ def _vjp(g, x, mean, var, samples, eps, weight, bias, relu, measured):
 @public
 def _samples_together(x):
     """How many samples of x a block of given statistics has: all, or one if they are too few to fill a vector in columns."""
-    return 1 if len(x) < lanes(x) and _in_columns(x) else max(len(x), 1)
+    return 1 if len(x) < lanes(x) and _in_columns(x, 1) else max(len(x), 1)
 
 
 @public
@@ -262,11 +262,11 @@ def standardize_by(x, mean, var, eps=1e-5, weight=None, bias=None, relu=False):
     """
     check_dtypes("standardize_by", x, mean, var, weight, bias)
     _check(x, 1, 0)
-    columns = _in_columns(x)
-    x = _arranged(x, columns)
+    samples = _samples_together(x)
+    columns = _in_columns(x, samples)
+    x = _arranged(x, columns, samples)
     y = _like(x, columns)
     if x.size:
-        samples = _samples_together(x)
         mean, var = _of_blocks(mean, x, samples), _of_blocks(var, x, samples)
         _standardize(x, samples, x.shape[1], eps, _given(weight, x), _given(bias, x), relu, False, columns, mean, var, y)
     return y
