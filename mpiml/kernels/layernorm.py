@@ -8,7 +8,6 @@ cancels is at most as many times the sum as there are vectors in a row.
 
 import numpy as np
 
-from . import aligned
 from .jit import kernel
 from .public import check_dtypes, contiguous_output, public, refuse
 from .registers import REGISTER
@@ -180,7 +179,7 @@ def layer_norm(x, weight=None, bias=None, eps=1e-5, out=None):
     check_dtypes("layer_norm", x, weight, bias)
     if x.ndim != 2:
         refuse("layer_norm takes (rows, features), not {}: reshape the input", x.shape)
-    y = aligned.empty(x.size, x.dtype).reshape(x.shape) if out is None else contiguous_output(out, x.shape, x.dtype)
+    y = contiguous_output(out, x.shape, x.dtype)
     mean, scale = np.empty(len(x), x.dtype), np.empty(len(x), x.dtype)
     weight, bias = _whole(weight, x, 1), _whole(bias, x, 0)
     if x.size:
@@ -195,8 +194,7 @@ def layer_norm_vjp(g, x, mean, scale, weight=None):
     if x.ndim != 2 or g.shape != x.shape or mean.shape != x.shape[:1] or scale.shape != x.shape[:1]:
         refuse("layer_norm of rows of shape {} has a gradient of that shape, not {}, and a mean and scale for each row, not {}",
                x.shape, g.shape, mean.shape)
-    dx = aligned.empty(x.size, x.dtype).reshape(x.shape)
-    dweight, dbias = np.zeros(x.shape[1], x.dtype), np.zeros(x.shape[1], x.dtype)
+    dx, dweight, dbias = np.empty(x.shape, x.dtype), np.zeros(x.shape[1], x.dtype), np.zeros(x.shape[1], x.dtype)
     weight = _whole(weight, x, 1)
     if x.size:
         _layer_norm_vjp(np.ascontiguousarray(g), np.ascontiguousarray(x), mean, scale, weight, dx, dweight, dbias)
