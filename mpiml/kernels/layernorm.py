@@ -27,9 +27,9 @@ from .tile import (
     zero_tile,
 )
 
-ROWS = REGISTER // 8  # their sums are lanes of one vector, of float64 all of them
-FEW = min(ROWS, 4)  # rows at a time where more would not stay in the first cache
-SHORT = 1 << 10  # bytes of a row of which ROWS stay
+ROWS = REGISTER // 8  # at a time; their sums are lanes of one vector, of float64 all of them
+SHORT = 1 << 10  # bytes of a row up to which so many, and their results, stay in the first cache until they are read again
+FEW = min(ROWS, 4)  # longer rows at a time
 ROWS_VJP = 2
 
 

@@ -250,8 +250,9 @@ def _samples_together(x):
 @public
 def _of_blocks(statistic, x, samples):
     """A statistic (c,) as that of each block."""
-    _given(statistic, x)
-    return np.broadcast_to(statistic, (-(-len(x) // samples), x.shape[1])).copy()
+    of_blocks = np.empty((-(-len(x) // samples), x.shape[1]), x.dtype)
+    of_blocks[:] = _given(statistic, x)
+    return of_blocks
 
 
 @public
