@@ -146,9 +146,11 @@ def norms():
     for shape in (32, 16, 32, 32), (32, 64, 8, 8):
         x, g, w, b = picture(*shape), picture(*shape), normal(shape[1]), normal(shape[1])
         tw, tb = torches(w, b)
-        mean, var, count = np.zeros(shape[1], np.float32), np.ones(shape[1], np.float32), np.zeros((), np.float32)
-        call = lambda x, w, b, mean=mean, var=var, count=count: ops.batch_norm(
-            x, *[Tensor(a) for a in (mean, var, count)], w, b, training=True)
+        running = np.zeros(shape[1], np.float32), np.ones(shape[1], np.float32), np.zeros((), np.float32)
+        yield Case("batch_norm", "x".join(map(str, shape)),
+                   lambda x=x, w=w, b=b, running=running: ops.batch_norm(x, *running, w, b, training=True),
+                   layouts(lambda x, w=tw, b=tb: F.batch_norm(x, None, None, w, b, True), x), bytes=3 * x.nbytes)
+        call = lambda x, w, b, running=running: ops.batch_norm(x, *map(Tensor, running), w, b, training=True)
         theirs = {}
         for layout in torch.contiguous_format, torch.channels_last:
             tx, tg = (a.contiguous(memory_format=layout) for a in torches(x, g))

@@ -102,14 +102,15 @@ def test_layer_norm_far_from_zero(features):
     exact = x.astype(float)
     exact -= exact.mean(axis=1, keepdims=True)
     exact /= np.sqrt((exact**2).mean(axis=1, keepdims=True) + 1e-5)
-    bound = 1e-5 if features < 1000 else 4e-5  # of an outlier at the head of its lane, the lane's length is lost
+    bound = 1e-5 if features < 1000 else 4e-5  # of an outlier in the first vector, as much as there are vectors is lost
     assert np.abs(k.layer_norm(x)[0] - exact).max() <= bound * max(1, np.abs(exact).max())
     assert np.abs(k.layer_norm(x)[0] - exact)[1:].max() <= 1e-5 * max(1, np.abs(exact[1:]).max())
 
 
 @either
-def test_a_row_has_the_same_bits_in_any_batch(dtype):
-    x, g, weight, bias = draw(0, (128, 75), (128, 75), 75, 75, dtype=dtype)
+@pytest.mark.parametrize("features", [10, 75, 300])
+def test_a_row_has_the_same_bits_in_any_batch(dtype, features):
+    x, g, weight, bias = draw(0, (128, features), (128, features), features, features, dtype=dtype)
     y, mean, scale = k.layer_norm(x, weight, bias)
     dx = k.layer_norm_vjp(g, x, mean, scale, weight)[0]
     for rows in slice(5, 6), slice(3, 10), slice(0, 127):
@@ -218,6 +219,43 @@ def test_a_sample_has_the_same_bits_in_any_batch_and_layout(dtype):
             np.testing.assert_array_equal(part[0], y[rows])
             np.testing.assert_array_equal(k.standardize_vjp(b, a, *part[1:], 1, 1e-5, weight)[0], dx[rows])
             np.testing.assert_array_equal(k.standardize_by(a, bias, weight**2, 1e-5, weight, bias), fixed[rows])
+
+
+@either
+@pytest.mark.parametrize("layout", [np.ascontiguousarray, innermost])
+@pytest.mark.parametrize("samples", [3, 16, 20])
+def test_a_block_has_the_same_bits_in_any_batch(dtype, layout, samples):
+    x, g, weight, bias = draw(0, (47, 6, 25), (47, 6, 25), 6, 6, dtype=dtype)
+    y, mean, var = k.standardize(layout(x), samples, 1e-5, 0, weight, bias)
+    dx = k.standardize_vjp(layout(g), layout(x), mean, var, samples, 1e-5, weight)[0]
+    for b in range(len(mean)):
+        rows = slice(b * samples, (b + 1) * samples)
+        part = k.standardize(layout(x[rows]), samples, 1e-5, 0, weight, bias)
+        for ours, whole in zip(part, (y[rows], mean[b:b + 1], var[b:b + 1]), strict=True):
+            np.testing.assert_array_equal(ours, whole)
+        np.testing.assert_array_equal(
+            k.standardize_vjp(layout(g[rows]), layout(x[rows]), *part[1:], samples, 1e-5, weight)[0], dx[rows])
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("layout", [np.ascontiguousarray, innermost])
+@pytest.mark.parametrize("n", [1, 5, 32])
+def test_what_is_not_finite_stays_in_its_channel(bad, layout, n):
+    x, = draw(0, (n, 4, 25), dtype=np.float32)
+    x[n // 2, 2, 24] = bad
+    y, mean, var = k.standardize(layout(x), n, 1e-5, 0)
+    assert np.isnan(y[:, 2]).all() and not np.isfinite(mean[:, 2]).any() and np.isnan(var[:, 2]).all()
+    assert np.isfinite(np.delete(y, 2, axis=1)).all()
+    assert np.isnan(k.standardize(layout(x), n, 1e-5, 0, relu=True)[0][:, 2]).all()
+
+
+@pytest.mark.parametrize("features", [7, 40, 300])
+def test_what_is_not_finite_stays_in_its_row(features):
+    x, = draw(0, (21, features), dtype=np.float32)
+    for row, bad in (2, np.nan), (11, np.inf), (20, np.nan):
+        x[row, row % features] = bad
+    finite = np.isfinite(k.layer_norm(x)[0])
+    np.testing.assert_array_equal(finite, np.repeat(np.isfinite(x).all(axis=1, keepdims=True), features, axis=1))
 
 
 @pytest.mark.parametrize("shape", [(0, 3, 4), (3, 0, 4), (3, 4, 0)])

@@ -1,9 +1,9 @@
 """Layer normalisation: every row standardised over its features, times a weight plus a bias for each feature.
 
 Rows are taken ROWS at a time, so that their sums, each a chain of additions, wait together; a row's result does not
-depend on which. Mean and variance come from one pass: each lane adds up its elements less its first one, and the lanes
-are then combined about the row's mean (Chan, Golub and LeVeque 1983, "Algorithms for computing the sample variance").
-So the mean may be large, and what cancels is at most the number of elements of a lane.
+depend on which. Mean and variance come from one pass over the row's elements less the mean of its first ones, a vector of
+them (Chan, Golub and LeVeque 1983, "Algorithms for computing the sample variance"). So the mean may be large, and what
+cancels is at most as many times the sum as there are vectors in a row.
 """
 
 import numpy as np
@@ -11,13 +11,15 @@ import numpy as np
 from .jit import kernel
 from .public import check_dtypes, contiguous_output, public, refuse
 from .registers import REGISTER
-from .simd import at, first_lanes, lanes, load, load_part, out_of_line, select, splat, store, store_part
+from .simd import first_lanes, lanes, load, load_part, out_of_line, select, splat, sqrt, store, store_part
 from .tile import (
     dot_tile,
     load_tile,
     splat_tile,
-    store_sums,
+    spread,
+    store_first,
     store_tile,
+    sums_of_rows,
     tile_add,
     tile_fma,
     tile_multiply,
@@ -25,46 +27,41 @@ from .tile import (
     zero_tile,
 )
 
-ROWS = 8 if REGISTER == 64 else 4  # tiles of heads, differences, sums and squares fill the registers
-ROWS_VJP = 4
+ROWS = REGISTER // 8  # at a time; their sums are lanes of one vector, of float64 all of them
+SHORT = 1 << 10  # bytes of a row up to which so many, and their results, stay in the first cache until they are read again
+FEW = min(ROWS, 4)  # longer rows at a time
+ROWS_VJP = 2
 
 
 def make_rows(size):
     """A kernel for the rows from ``start`` to ``stop``, ``size`` at a time: y, and the rows' ``mean`` and ``scale``."""
     @kernel(exact=True)
     def rows(x, start, stop, weight, bias, eps, y, mean, scale):
+        out_of_line()
         count, width, t = x.shape[1], lanes(x), x.dtype.type
         whole, rest = count // width * width, count % width
-        zero, one, share = splat(t(0)), splat(t(1)), t(1) / t(count)
+        zero, one, share = splat(t(0)), splat(t(1)), splat(t(1) / t(count))
         in_rest = select(first_lanes(zero, rest), one, zero)
-        each = splat(t(count // width)) + in_rest  # elements of a lane
-        inverse = select(each > zero, one / each, zero)
         for r in range(start, stop, size):
             i = r * count
-            first, total, square = splat_tile(x, i, count, size), zero_tile(x, size), zero_tile(x, size)
             if whole:
-                head = load_tile(x, i, count, None, size, 1)
-                for j in range(i + width, i + whole, width):
-                    d = tile_subtract(load_tile(x, j, count, None, size, 1), head)
-                    total, square = tile_add(total, d), tile_fma(d, d, square)
-            else:  # less than a vector in a row
-                head = first
-            if rest:
-                d = tile_multiply(tile_subtract(load_tile(x, i + whole, count, rest, size, 1), head), in_rest)
+                head = sums_of_rows(load_tile(x, i, count, None, size, 1))
+            else:
+                head = sums_of_rows(load_tile(x, i, count, rest, size, 1))
+            shift = spread(head * splat(t(1) / t(min(count, width))), size)
+            total = square = zero_tile(x, size)
+            for j in range(i, i + whole, width):
+                d = tile_subtract(load_tile(x, j, count, None, size, 1), shift)
                 total, square = tile_add(total, d), tile_fma(d, d, square)
-            # A lane's mean, less the row's first element, and the squares about it; from these the row's.
-            off = tile_multiply(total, inverse)
-            square = tile_subtract(square, tile_multiply(total, off))
-            off = tile_add(off, tile_subtract(head, first))
-            store_sums(tile_multiply(off, each), mean, r)
-            for q in range(r, r + size):
-                mean[q] *= share
-            d = tile_subtract(off, splat_tile(mean, r, 1, size))
-            store_sums(tile_fma(tile_multiply(d, each), d, square), scale, r)
-            for q in range(size):
-                mean[r + q] += at(x, i + q * count)
-                scale[r + q] = t(1) / np.sqrt(max(scale[r + q] * share, t(0)) + t(eps))
-            mu, factor = splat_tile(mean, r, 1, size), splat_tile(scale, r, 1, size)
+            if rest:
+                d = tile_multiply(tile_subtract(load_tile(x, i + whole, count, rest, size, 1), shift), in_rest)
+                total, square = tile_add(total, d), tile_fma(d, d, square)
+            off = sums_of_rows(total) * share  # from here on a row in each lane
+            variance = sums_of_rows(square) * share - off * off
+            scales = one / sqrt(select(variance < zero, zero, variance) + splat(t(eps)))
+            mu, factor = tile_add(shift, spread(off, size)), spread(scales, size)
+            store_first(mu, mean, r)
+            store_first(factor, scale, r)
             for j in range(0, whole, width):
                 d = tile_multiply(tile_subtract(load_tile(x, i + j, count, None, size, 1), mu), factor)
                 store_tile(tile_fma(d, load(weight, j), load(bias, j)), y, i + j, count, None, 1)
@@ -76,14 +73,16 @@ def make_rows(size):
     return rows
 
 
-_rows, _row = make_rows(ROWS), make_rows(1)
+_rows, _few_rows, _row = make_rows(ROWS), make_rows(FEW), make_rows(1)
 
 
 @kernel(exact=True)
 def _layer_norm(x, weight, bias, eps, y, mean, scale):
-    whole = len(x) // ROWS * ROWS
-    _rows(x, 0, whole, weight, bias, eps, y, mean, scale)
-    _row(x, whole, len(x), weight, bias, eps, y, mean, scale)
+    many = len(x) // ROWS * ROWS if x.shape[1] * x.itemsize <= SHORT else 0
+    few = many + (len(x) - many) // FEW * FEW
+    _rows(x, 0, many, weight, bias, eps, y, mean, scale)
+    _few_rows(x, many, few, weight, bias, eps, y, mean, scale)
+    _row(x, few, len(x), weight, bias, eps, y, mean, scale)
 
 
 def make_rows_vjp(size):
@@ -92,9 +91,8 @@ def make_rows_vjp(size):
     def rows_vjp(g, start, stop, x, mean, scale, weight, dx, dweight, dbias):
         out_of_line()
         count, width, t = x.shape[1], lanes(x), x.dtype.type
-        share, one = t(1) / t(count), splat(t(1))
+        share, one, zero = splat(t(1) / t(count)), splat(t(1)), splat(t(0))
         whole, rest = count // width * width, count % width
-        slope, shift = np.empty(size, x.dtype), np.empty(size, x.dtype)
         for r in range(start, stop, size):
             i = r * count
             mu = splat_tile(mean, r, 1, size)
@@ -109,14 +107,12 @@ def make_rows_vjp(size):
                 d = tile_subtract(load_tile(x, i + whole, count, rest, size, 1), mu)
                 w = tile_multiply(v, load_part(weight, whole, rest))
                 sum_g, sum_gd = tile_add(sum_g, w), tile_fma(w, d, sum_gd)
-            store_sums(sum_g, shift, 0)
-            store_sums(sum_gd, slope, 0)
             # dx = scale * g * weight - scale * sum_g / n - d * scale**3 * sum_gd / n
-            for q in range(size):
-                s = scale[r + q]
-                shift[q] *= -s * share
-                slope[q] *= -s * s * s * share
-            factor, tilt, term = splat_tile(scale, r, 1, size), splat_tile(slope, 0, 1, size), splat_tile(shift, 0, 1, size)
+            s = load_part(scale, r, size)
+            lower = s * share
+            term = spread(zero - lower * sums_of_rows(sum_g), size)
+            tilt = spread(zero - lower * s * s * sums_of_rows(sum_gd), size)
+            factor = spread(s, size)
             for j in range(0, whole, width):
                 v = load_tile(g, i + j, count, None, size, 1)
                 d = tile_subtract(load_tile(x, i + j, count, None, size, 1), mu)

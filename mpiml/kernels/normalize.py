@@ -9,26 +9,26 @@ group norm   samples = 1            groups
 ===========  =====================  ===========
 
 Two memory layouts are worked on where they lie: *rows*, in which the places of a channel follow each other, and
-*columns*, (m, c, n) in memory, in which the samples do. There a place is one row of c * n columns, and every step is
-the same for all places: statistics are sums of columns, and what is applied is a vector of c * n coefficients.
+*columns*, (m, c, n) in memory, in which the samples do. A sum over samples and places does not mind which is which: a block
+of samples in columns is one of rows with its axes turned round. But where each sample has its own statistics, what is
+applied to a place of columns is a vector of c * n coefficients, see :mod:`mpiml.kernels.normalize_columns`.
 
-Variances are taken about the mean and corrected for its rounding: the corrected two-pass algorithm (Chan, Golub and
-LeVeque 1983, "Algorithms for computing the sample variance"). Sums over a channel's places have one partial sum for each
-remainder of the place by the number of lanes, in both layouts, so group norm gives a sample the same bits in both.
+Variances are taken about the mean, or about one so far (Chan, Golub and LeVeque 1983, "Algorithms for computing the sample
+variance"), so the mean may be large. Sums over a sample's channel have one partial sum for each remainder of the place by
+the number of lanes, in both layouts, so group norm gives a sample the same bits in both.
 
-A relu behind the norm is part of its last step. Its gradient needs to know where the result was positive: in columns that
-is computed once more from x, which is read anyhow, so that neither the result nor another gradient passes through memory.
+A relu behind the norm is part of its last step. Its gradient needs to know where the result was positive: that is computed
+once more from x, which is read anyhow, so that neither the result nor another gradient passes through memory.
 """
 
 import numpy as np
 
 from . import aligned
-from .elementwise import positive_part
-from .jit import kernel
+from .jit import inlined, kernel
 from .normalize_columns import column_affine, column_affine_vjp, column_moments, column_products
 from .normalize_rows import row_affine, row_affine_vjp, row_moments, row_products
 from .public import check_dtypes, public, refuse
-from .simd import flat, lanes
+from .simd import lanes
 
 
 @kernel(exact=True, reads="var weight bias")
@@ -47,36 +47,31 @@ def _coefficients(var, c, eps, weight, bias):
     return scale, offset
 
 
+@inlined
+def _block(x, b, samples, columns):
+    """Block ``b`` of x, the axis that is contiguous last."""
+    block = x[b * samples:(b + 1) * samples]
+    return block.T if columns else block
+
+
 @kernel(exact=True, reads="x weight bias", writes="mean var y")
 def _standardize(x, samples, groups, eps, weight, bias, positive, measure, columns, mean, var, y):
     """y of x (n, c, m), of which mean and var (blocks, groups) are taken with ``measure``; ``columns``: the layout."""
-    if measure:
-        if columns:
-            column_moments(x, samples, groups, mean, var)
-        else:
-            row_moments(x, samples, groups, mean, var)
+    each_alone = columns and samples == 1
+    if measure and each_alone:
+        column_moments(x, mean, var)
+    elif measure:
+        for b in range(len(mean)):
+            row_moments(_block(x, b, samples, columns), mean[b], var[b])
     scale, offset = _coefficients(var, x.shape[1], eps, weight, bias)
-    if columns:
-        # The vjp's form of these kernels takes a g and a slope, too; here anything of their types stands in their place.
-        column_affine(x, x, samples, mean, scale, offset, offset, offset, positive, y)
+    # The vjp's form of these kernels takes a g and a slope, too; here anything of their types stands in their place.
+    if each_alone:
+        column_affine(x, x, mean, scale, offset, offset, offset, positive, y)
     else:
-        row_affine(x, x, samples, mean, scale, offset, offset, y)
-        if positive:
-            positive_part(flat(y), flat(y))
-
-
-@kernel(exact=True, reads="g x weight bias mean var")
-def _where_positive(g, x, samples, eps, weight, bias, mean, var):
-    """``g`` where the result was above 0, of arrays whose places are contiguous; in columns it is part of the other steps."""
-    n, c, m = x.shape
-    scale, offset = _coefficients(var, c, eps, weight, bias)
-    y = np.empty((n, c, m), x.dtype)
-    row_affine(x, x, samples, mean, scale, offset, offset, y)
-    for i in range(n):
-        for ch in range(c):
-            for p in range(m):
-                y[i, ch, p] = g[i, ch, p] if y[i, ch, p] > 0 else x.dtype.type(0)
-    return y
+        for b in range(len(mean)):
+            block = _block(x, b, samples, columns)
+            row_affine(block, block, mean[b], scale[b], offset[b], offset[b], offset[b], positive,
+                       _block(y, b, samples, columns))
 
 
 @kernel(exact=True, reads="g x weight bias mean var", writes="out")
@@ -88,10 +83,13 @@ def _standardize_vjp(g, x, samples, eps, weight, bias, positive, mean, var, meas
     t = x.dtype.type
     total, product = np.empty((blocks, c), x.dtype), np.empty((blocks, c), x.dtype)
     scale, offset = _coefficients(var, c, eps, weight, bias)
-    if columns:
-        column_products(g, x, samples, mean, scale, offset, positive, total, product)
+    each_alone = columns and samples == 1
+    if each_alone:
+        column_products(g, x, mean, scale, offset, positive, total, product)
     else:
-        row_products(g, x, samples, mean, total, product)
+        for b in range(blocks):
+            row_products(_block(g, b, samples, columns), _block(x, b, samples, columns), mean[b], scale[b], offset[b],
+                         positive, total[b], product[b])
     # With d = x - mean and the sums over a block, of s values each, of w g and w g d:
     # out = w g / std - sum(w g) / s / std - d sum(w g d) / s / std**3
     slope, shift = np.zeros((blocks, c), x.dtype), np.zeros((blocks, c), x.dtype)
@@ -112,24 +110,26 @@ def _standardize_vjp(g, x, samples, eps, weight, bias, positive, mean, var, meas
                 for ch in range(group * each, (group + 1) * each):
                     slope[b, ch] = -inverse * inverse * inverse * (sum_gd / count)
                     shift[b, ch] = -inverse * (sum_g / count)
-    if columns:
-        column_affine_vjp(g, x, samples, mean, scale, offset, slope, shift, positive, out)
+    if each_alone:
+        column_affine_vjp(g, x, mean, scale, offset, slope, shift, positive, out)
     else:
-        row_affine_vjp(g, x, samples, mean, scale, slope, shift, out)
+        for b in range(blocks):
+            row_affine_vjp(_block(g, b, samples, columns), _block(x, b, samples, columns), mean[b], scale[b], offset[b],
+                           slope[b], shift[b], positive, _block(out, b, samples, columns))
 
 
 @public
-def _in_columns(x):
-    """Does the (n, c, m) array ``x`` lie in memory as (m, c, n), with a vector to work on?"""
+def _in_columns(x, samples):
+    """Does the (n, c, m) array ``x`` lie in memory as (m, c, n)? For samples on their own a place must fill a vector."""
     size = x.itemsize
-    return x.strides[0] == size and x.strides[1] == size * len(x) and lanes(x) <= len(x) * x.shape[1]
+    return x.strides[0] == size and x.strides[1] == size * len(x) and (samples > 1 or lanes(x) <= len(x) * x.shape[1])
 
 
 @public
-def _arranged(x, columns):
+def _arranged(x, columns, samples):
     """``x`` where it lies, if in this layout, or a copy."""
     if columns:
-        return x if _in_columns(x) else np.ascontiguousarray(x.transpose(2, 1, 0)).transpose(2, 1, 0)
+        return x if _in_columns(x, samples) else np.ascontiguousarray(x.transpose(2, 1, 0)).transpose(2, 1, 0)
     return x if x.strides[2] == x.itemsize else np.ascontiguousarray(x)
 
 
@@ -195,8 +195,8 @@ def standardize(x, samples=1, eps=1e-5, groups=0, weight=None, bias=None, relu=F
     """
     check_dtypes("standardize", x, weight, bias)
     _check(x, samples, groups)
-    columns = _in_columns(x)
-    x = _arranged(x, columns)
+    columns = _in_columns(x, samples)
+    x = _arranged(x, columns, samples)
     y = _like(x, columns)
     shape = (-(-len(x) // samples) if x.size else 0, groups or x.shape[1])
     mean, var = np.empty(shape, x.dtype), np.empty(shape, x.dtype)
@@ -231,16 +231,28 @@ def _vjp(g, x, mean, var, samples, eps, weight, bias, relu, measured):
     if g.shape != x.shape or (x.size and len(mean) != -(-len(x) // samples)) or mean.shape != var.shape:
         refuse("a norm of an input of shape {} in blocks of {} has a gradient of that shape, not {}, and statistics of each "
                "block, not {}", x.shape, samples, g.shape, mean.shape)
-    columns = _in_columns(x)
-    x, g = _arranged(x, columns), _arranged(g, columns)
-    if relu and not columns:
-        g = _where_positive(g, x, samples, eps, _given(weight, x), _given(bias, x), mean, var)
+    columns = _in_columns(x, samples)
+    x, g = _arranged(x, columns, samples), _arranged(g, columns, samples)
     dx = _like(x, columns)
     dweight, dbias = np.zeros(x.shape[1], x.dtype), np.zeros(x.shape[1], x.dtype)
     if x.size:
         _standardize_vjp(g, x, samples, eps, _given(weight, x), _given(bias, x), relu, mean, var, measured, columns, dx,
                          dweight, dbias)
     return dx, dweight, dbias
+
+
+@public
+def _samples_together(x):
+    """How many samples of x a block of given statistics has: all, or one if they are too few to fill a vector in columns."""
+    return 1 if len(x) < lanes(x) and _in_columns(x, 1) else max(len(x), 1)
+
+
+@public
+def _of_blocks(statistic, x, samples):
+    """A statistic (c,) as that of each block."""
+    of_blocks = np.empty((-(-len(x) // samples), x.shape[1]), x.dtype)
+    of_blocks[:] = _given(statistic, x)
+    return of_blocks
 
 
 @public
@@ -251,12 +263,13 @@ def standardize_by(x, mean, var, eps=1e-5, weight=None, bias=None, relu=False):
     """
     check_dtypes("standardize_by", x, mean, var, weight, bias)
     _check(x, 1, 0)
-    columns = _in_columns(x)
-    x = _arranged(x, columns)
+    samples = _samples_together(x)
+    columns = _in_columns(x, samples)
+    x = _arranged(x, columns, samples)
     y = _like(x, columns)
     if x.size:
-        mean, var = _given(mean, x).copy().reshape(1, -1), _given(var, x).copy().reshape(1, -1)
-        _standardize(x, len(x), x.shape[1], eps, _given(weight, x), _given(bias, x), relu, False, columns, mean, var, y)
+        mean, var = _of_blocks(mean, x, samples), _of_blocks(var, x, samples)
+        _standardize(x, samples, x.shape[1], eps, _given(weight, x), _given(bias, x), relu, False, columns, mean, var, y)
     return y
 
 
@@ -264,5 +277,5 @@ def standardize_by(x, mean, var, eps=1e-5, weight=None, bias=None, relu=False):
 def standardize_by_vjp(g, x, mean, var, eps=1e-5, weight=None, bias=None, relu=False):
     """Gradients of :func:`standardize_by` for x, weight and bias, the statistics being constants."""
     check_dtypes("standardize_by_vjp", g, x, mean, var, weight, bias)
-    mean, var = _given(mean, x).copy().reshape(1, -1), _given(var, x).copy().reshape(1, -1)
-    return _vjp(g, x, mean, var, max(len(x), 1), eps, weight, bias, relu, False)
+    samples = _samples_together(x)
+    return _vjp(g, x, _of_blocks(mean, x, samples), _of_blocks(var, x, samples), samples, eps, weight, bias, relu, False)

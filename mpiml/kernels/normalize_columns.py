@@ -1,4 +1,4 @@
-"""Standardising arrays (n, c, m) that lie in memory as (m, c, n): sums of columns, and what is done with them.
+"""Standardising each sample of arrays (n, c, m) that lie in memory as (m, c, n): sums of columns, and what is done with them.
 
 See :mod:`mpiml.kernels.normalize`. A place is a row of k = c * n columns, taken in whole vectors; where their number does
 not come out even, the last vector begins earlier and overlaps the one before. Several rows are taken at a time.
@@ -15,33 +15,10 @@ so slots are added to without a thought, and at the end those of the last vector
 import numpy as np
 
 from .jit import kernel
-from .simd import first_lanes, fma, lanes, load, load_part, out_of_line, reduce_add, select, splat, store, store_part
+from .simd import lanes, load, load_part, out_of_line, splat, store
 from .tile import at_least, dot_tile, load_tile, store_tile, tile_fma, tile_subtract, tile_where_positive
 
-ROWS = 8  # of which means are taken at once
-TILE = 4  # rows of anything else
-
-
-def _make_moments(size):
-    """A kernel that adds the rows from ``start`` to ``stop``, ``size`` at a time, to the columns' means and squares about them.
-
-    Chan, Golub and LeVeque 1983, "Algorithms for computing the sample variance".
-    """
-    @kernel(exact=True)
-    def moments(x, step, start, stop, k, mean, square):
-        width, t = lanes(x), x.dtype.type
-        zero, one, share = splat(t(0)), splat(t(1)), splat(t(1) / t(size))
-        for p in range(start, stop, size):
-            part, both = splat(t(size) / t(p + size)), splat(t(p) * t(size) / t(p + size))
-            for slot in range(0, len(mean), width):
-                tile = load_tile(x, p * step + min(slot, k - width), step, None, size, 1)
-                mu = dot_tile(tile, one, zero) * share
-                d = tile_subtract(tile, mu)
-                off = mu - load(mean, slot)
-                store(mean, slot, fma(off, part, load(mean, slot)))
-                store(square, slot, fma(off * off, both, dot_tile(d, d, load(square, slot))))
-
-    return moments
+TILE = 4  # rows at a time
 
 
 def _make_sums(size, products):
@@ -91,9 +68,6 @@ def _make_affine(size, vjp):
                 store_tile(v, y, p * y_step + i, y_step, None, 1)
 
     return affine
-
-
-_moments, _moments_of_one = _make_moments(ROWS), _make_moments(1)
 
 
 @kernel(exact=True)
@@ -151,25 +125,10 @@ def _add_parts(sums, n, each, out):
 
 
 @kernel(exact=True)
-def _add_columns(sums, n, each, samples, out):
-    """Add up the columns of each block of ``samples`` samples and ``each`` channels."""
-    out_of_line()
-    for b in range(len(out)):
-        first, end = b * samples, min((b + 1) * samples, n)
-        for group in range(out.shape[1]):
-            total = splat(sums.dtype.type(0))
-            for ch in range(group * each, (group + 1) * each):
-                for i in range(ch * n + first, ch * n + end, lanes(sums)):
-                    total = total + load_part(sums, i, ch * n + end - i)
-            out[b, group] = reduce_add(total)
-
-
-@kernel(exact=True)
-def _sample_moments(x, step, mean, var):
-    """For groups of channels of each sample on its own, as :func:`mpiml.kernels.normalize_rows.row_moments`, bit by bit."""
-    out_of_line()
+def column_moments(x, mean, var):
+    """Mean and biased variance, (n, groups), of each sample: bit by bit those of rows (:mod:`mpiml.kernels.normalize_rows`)."""
     n, c, m = x.shape
-    k, parts = n * c, lanes(x)
+    k, step, parts = n * c, x.strides[2] // x.itemsize, lanes(x)
     each = c // mean.shape[1]
     count = x.dtype.type(each * m)
     total, square = np.empty((parts, -(-k // parts) * parts), x.dtype), np.empty((parts, -(-k // parts) * parts), x.dtype)
@@ -188,85 +147,33 @@ def _sample_moments(x, step, mean, var):
                     mean[i, group] += rest[i, group]
                 else:
                     mean[i, group] = rest[i, group]
-        off = expand(mean, n, c, 1)
+        off = expand(mean, c)
 
 
 @kernel(exact=True)
-def column_moments(x, samples, groups, mean, var):
-    """Mean and biased variance, (blocks, groups), of x (n, c, m).
-
-    Each column's mean and squares about it first; then the mean of these means, and to the squares about the columns'
-    means is added what these differ from it (Chan, Golub and LeVeque 1983).
-    """
-    n, c, m = x.shape
-    k, step, width, t = n * c, x.strides[2] // x.itemsize, lanes(x), x.dtype.type
-    if samples == 1:
-        _sample_moments(x, step, mean, var)
-        return
-    each = c // groups
-    mu, square = np.zeros((1, -(-k // width) * width), x.dtype), np.zeros((1, -(-k // width) * width), x.dtype)
-    _moments(x, step, 0, m // ROWS * ROWS, k, mu.reshape(-1), square.reshape(-1))
-    _moments_of_one(x, step, m // ROWS * ROWS, m, k, mu.reshape(-1), square.reshape(-1))
-    _unfold(mu, k)
-    _unfold(square, k)
-    _add_columns(square, n, each, samples, var)
-    for b in range(len(mean)):  # the columns' means, less one of them, which is that much more exact
-        first, end = b * samples, min((b + 1) * samples, n)
-        count = t((end - first) * each)
-        for group in range(groups):
-            base = mu[0, group * each * n + first]
-            total = splat(t(0))
-            for ch in range(group * each, (group + 1) * each):
-                for i in range(ch * n + first, ch * n + end, width):
-                    rest = min(width, ch * n + end - i)
-                    d = load_part(mu, i, rest) - splat(base)
-                    total = total + select(first_lanes(d, rest), d, splat(t(0)))
-            off = reduce_add(total) / count
-            total = splat(t(0))
-            for ch in range(group * each, (group + 1) * each):
-                for i in range(ch * n + first, ch * n + end, width):
-                    rest = min(width, ch * n + end - i)
-                    d = (load_part(mu, i, rest) - splat(base)) - splat(off)
-                    d = select(first_lanes(d, rest), d, splat(t(0)))
-                    total = fma(d, d, total)
-            mean[b, group] = base + off
-            var[b, group] = (var[b, group] / t(m) + reduce_add(total)) / count
-
-
-@kernel(exact=True)
-def column_products(g, x, samples, mean, scale, offset, relu, total, product):
-    """Sums of g and of g * (x - mean) for each block and channel; with ``relu`` where (x - mean) * scale + offset > 0."""
+def column_products(g, x, mean, scale, offset, relu, total, product):
+    """Sums of g and of g * (x - mean) for each sample and channel; with ``relu`` where (x - mean) * scale + offset > 0."""
     out_of_line()
     n, c, m = x.shape
     k, width, size = n * c, lanes(x), x.itemsize
-    shape = (width if samples == 1 else 1, -(-k // width) * width)
+    shape = (width, -(-k // width) * width)
     totals, products = np.zeros(shape, x.dtype), np.zeros(shape, x.dtype)
-    _add_products(g, g.strides[2] // size, x, x.strides[2] // size, m, k, expand(mean, n, c, samples),
-                  expand(scale, n, c, samples), expand(offset, n, c, samples), relu, totals, products)
-    if samples == 1:
-        _add_parts(totals, n, 1, total)
-        _add_parts(products, n, 1, product)
-    else:
-        _add_columns(totals, n, 1, samples, total)
-        _add_columns(products, n, 1, samples, product)
+    _add_products(g, g.strides[2] // size, x, x.strides[2] // size, m, k, expand(mean, c), expand(scale, c),
+                  expand(offset, c), relu, totals, products)
+    _add_parts(totals, n, 1, total)
+    _add_parts(products, n, 1, product)
 
 
 @kernel(exact=True)
-def expand(values, n, c, samples):
-    """``values`` (blocks, groups) as coefficients (c * n,) of all columns."""
+def expand(values, c):
+    """``values`` (n, groups) as coefficients (c * n,) of all columns."""
     out_of_line()
-    blocks, groups = values.shape
+    n, groups = values.shape
     each = c // groups
     out = np.empty(c * n, values.dtype)
     for ch in range(c):
-        for b in range(blocks):
-            value = values[b, ch // each]
-            if samples == 1:
-                out[ch * n + b] = value
-            else:
-                end = ch * n + min((b + 1) * samples, n)
-                for i in range(ch * n + b * samples, end, lanes(out)):
-                    store_part(out, i, splat(value), min(lanes(out), end - i))
+        for i in range(n):
+            out[ch * n + i] = values[i, ch // each]
     return out
 
 
@@ -278,15 +185,14 @@ def _make_column_affine(vjp):
     tiles, rest = _make_affine(TILE, vjp), _make_affine(1, vjp)
 
     @kernel(exact=True)
-    def affine(g, x, samples, mean, scale, offset, slope, shift, relu, y):
+    def affine(g, x, mean, scale, offset, slope, shift, relu, y):
         out_of_line()
         n, c, m = x.shape
         size = x.itemsize
         k, g_step, step, y_step = n * c, g.strides[2] // size, x.strides[2] // size, y.strides[2] // size
-        mu, factor = expand(mean, n, c, samples), expand(scale, n, c, samples)
-        end = expand(offset, n, c, samples)
-        tilt = expand(slope, n, c, samples) if vjp else end
-        term = expand(shift, n, c, samples) if vjp else end
+        mu, factor, end = expand(mean, c), expand(scale, c), expand(offset, c)
+        tilt = expand(slope, c) if vjp else end
+        term = expand(shift, c) if vjp else end
         whole = m // TILE * TILE
         tiles(g, g_step, x, step, 0, whole, k, mu, factor, end, tilt, term, relu, y, y_step)
         rest(g, g_step, x, step, whole, m, k, mu, factor, end, tilt, term, relu, y, y_step)

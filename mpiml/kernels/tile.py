@@ -5,6 +5,8 @@ accumulators of a matrix product, say. A square of lanes x lanes elements can be
 layout of an array changed at the speed of memory. Positions and strides are in elements, as in :mod:`mpiml.kernels.simd`.
 """
 
+import itertools
+
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
@@ -19,7 +21,6 @@ from .registers import (
     emit_load,
     emit_moved,
     emit_pointer,
-    emit_reduce,
     emit_splat,
     emit_store,
     llvm_vector,
@@ -335,12 +336,63 @@ def dot_tile(typing, a, b, v):
 
 
 @intrinsic
-def store_sums(typing, tile, a, i):
-    """Write the sum of the lanes of each of a tile's vectors to the positions from ``i`` of ``a``."""
+def sums_of_rows(typing, tile):
+    """A vector whose lane m is the sum of the lanes of the tile's vector m.
+
+    Sums are taken within each 16 bytes first, where shuffles are quick: two vectors' halves, side by side, are added to
+    their other halves, which leaves one vector for two. Then the 16 bytes are added up. A sum's order is that of its lanes
+    alone, so it is the same in a tile of any size.
+    """
+    kind = tile.dtype
+    lanes, quarter = kind.lanes, 128 // kind.dtype.bitwidth
+
+    def shuffle(builder, a, b, order):
+        return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(INT, len(order)), order))
+
+    def code(context, builder, signature, args):
+        vectors, part = cgutils.unpack_tuple(builder, args[0]), quarter
+        while part > 1:
+            # A shuffle counts the lanes of its two vectors as one row; q is where 16 bytes of it begin.
+            low = [q + of + i for q in range(0, lanes, quarter) for of in (0, lanes)
+                   for i in range(quarter) if i % part < part // 2]
+            high = [i + part // 2 for i in low]
+            vectors = [builder.fadd(shuffle(builder, a, b, low), shuffle(builder, a, b, high))
+                       for a, b in itertools.zip_longest(vectors[::2], vectors[1::2], fillvalue=vectors[0])]
+            part //= 2
+        size = lanes
+        while size > quarter:
+            size //= 2
+            vectors = [builder.fadd(*(shuffle(builder, v, v, list(range(start, start + size))) for start in (0, size)))
+                       for v in vectors]
+        while size < lanes:
+            vectors = [shuffle(builder, a, b, list(range(2 * size)))
+                       for a, b in itertools.zip_longest(vectors[::2], vectors[1::2], fillvalue=vectors[0])]
+            size *= 2
+        return vectors[0]
+
+    return kind(tile), code
+
+
+@intrinsic(prefer_literal=True)
+def spread(typing, v, size):
+    """A tile of ``size`` vectors: the vector m has lane m of ``v`` in all its lanes."""
+    tile = types.UniTuple(v, size.literal_value)
+
+    def code(context, builder, signature, args):
+        return context.make_tuple(builder, tile, [
+            builder.shuffle_vector(args[0], args[0], ir.Constant(ir.VectorType(INT, v.lanes), [m] * v.lanes))
+            for m in range(len(tile))])
+
+    return tile(v, size), code
+
+
+@intrinsic
+def store_first(typing, tile, a, i):
+    """Write the first lane of each of a tile's vectors to the positions from ``i`` of ``a``."""
     def code(context, builder, signature, args):
         for m, vector in enumerate(cgutils.unpack_tuple(builder, args[0])):
-            total = emit_reduce(builder, tile.dtype, vector, builder.fadd)
-            builder.store(total, emit_pointer(context, builder, a, args[1], emit_moved(builder, args[2], m)))
+            builder.store(builder.extract_element(vector, ir.Constant(INT, 0)),
+                          emit_pointer(context, builder, a, args[1], emit_moved(builder, args[2], m)))
         return context.get_dummy_value()
 
     return types.none(tile, a, types.intp), code

@@ -1,5 +1,7 @@
 """Layer, group and batch normalisation: two kernels, one of rows and one of channels of images."""
 
+import math
+
 import numpy as np
 
 from mpiml import kernels as k
@@ -14,7 +16,7 @@ def layer_norm(x, weight=None, bias=None, eps=1e-5, axes=1):
     floats("layer_norm", x)
     shape = x.shape[x.ndim - axes:]
     vectors("layer_norm", x, shape, weight=weight, bias=bias)
-    features = int(np.prod(shape))
+    features = math.prod(shape)
     rows = x.reshape(x.size // max(features, 1), features)
     flat = [None if a is None else a.reshape(features) for a in (weight, bias)]
     y, mean, scale = k.layer_norm(rows, *flat, eps)
@@ -28,7 +30,7 @@ def layer_norm(x, weight=None, bias=None, eps=1e-5, axes=1):
 
 def _channels(x):
     """x (n, c, ...) as (n, c, places); a view of images that lie in C order or with their samples innermost."""
-    return x.reshape(*x.shape[:2], int(np.prod(x.shape[2:])))
+    return x.reshape(*x.shape[:2], math.prod(x.shape[2:]))
 
 
 @op
@@ -50,6 +52,11 @@ def group_norm(x, groups, weight=None, bias=None, eps=1e-5, relu=False):
         return dx.reshape(x.shape), None, dweight, dbias
 
     return y.reshape(x.shape), vjp
+
+
+def _weighted_sum(weights, statistics):
+    """Sum over blocks of weight * statistic, (c,)."""
+    return (np.array(weights, statistics.dtype)[:, None] * statistics).sum(axis=0)
 
 
 @op
@@ -95,9 +102,10 @@ def batch_norm(x, running_mean, running_var, seen, weight=None, bias=None, train
 
     def vjp(g, into):
         dx, dweight, dbias = k.standardize_vjp(_channels(g), view, mean, var, samples, eps, weight, bias, relu)
-        sizes = np.minimum(samples, n - samples * np.arange(len(mean))).astype(x.dtype)[:, None]
-        values = sizes * view.shape[2]
-        return (dx.reshape(x.shape), (sizes * mean).sum(axis=0),
-                (sizes * var * values / np.maximum(values - 1, 1)).sum(axis=0), sizes.sum(), dweight, dbias)
+        sizes = [min(samples, n - b * samples) for b in range(len(mean))]
+        values = [size * view.shape[2] for size in sizes]
+        unbiased = [size * m / max(m - 1, 1) for size, m in zip(sizes, values, strict=True)]
+        return (dx.reshape(x.shape), _weighted_sum(sizes, mean), _weighted_sum(unbiased, var), x.dtype.type(sum(sizes)),
+                dweight, dbias)
 
     return y.reshape(x.shape), vjp
