@@ -277,7 +277,7 @@ def convolve_by_values(x, weight, bias, relu, y, padding, backward):
                                  v_plane, square)
             _products(u, u_plane, v, row, v_plane, m, m_plane, outputs, channels, (end - first) * count,
                       x, y, i, end // wide * 4 - above, end % wide * 4 - before, first // wide * 4, first % wide * 4,
-                      count if samples > panel else 0)
+                      count)
             for t in range(first, end):
                 _transform_results(m, (t - first) * count, panel, m_plane, biases, low, y, i, t // wide * 4, t % wide * 4,
                                    count)

@@ -22,7 +22,7 @@ from .simd import fma, lanes, load, out_of_line, splat, store
 from .tile import across, load_row, load_tile, outer, store_tile, tile_add, turn_part, zero_tile
 from .winograd import VALUES, prefetch_pixel, square_size, transform_square
 
-NEAR = 1 << 19  # bytes of values between two rounds of products
+NEAR = 1 << 18  # bytes of values between two rounds of products
 ROUNDS = 16  # after which their sums are added to the total
 
 
@@ -112,14 +112,24 @@ def _transform_gradient(g, i, top, left, count, v, vi, line, plane, turned):
                 store_tile(_gradient_values(rows[5]), v, to + 30 * plane, plane, None, 1)
 
 
-@kernel(exact=True)
-def _add_products(v, row, v_plane, w, line, w_plane, sums, plane, channels, depth):
-    """Add to the ``sums`` of each value its matrix product, channels x depth times depth x line."""
+@kernel(exact=True, reads="g x")
+def _add_products(v, row, v_plane, w, line, w_plane, sums, plane, channels, depth, g, x, i, count, padding, first, end):
+    """Add to the ``sums`` of each value its matrix product, channels x depth times depth x line.
+
+    As in :mod:`winograd`, pixels of the next squares, ``first`` to ``end``, of x and g are asked for meanwhile.
+    """
     out_of_line()
+    wide = (g.shape[3] + 3) // 4
     full, panel = lanes(v), VECTORS * lanes(v)
     whole = channels // ROWS * ROWS
     for value in range(VALUES):
         vi, wi, si = value * v_plane, value * w_plane, value * plane
+        for t in range(first, end):
+            top, left = t // wide * 4, t % wide * 4
+            if value < 24:
+                prefetch_pixel(x, i, top - padding[0] + value // 4, left - padding[1] + 2 + value % 4, count)
+            if value < 16:
+                prefetch_pixel(g, i, top + value // 4, left + value % 4, count)
         for o in range(0, line // panel * panel, panel):
             _wide(v, vi, row, w, wi + o, line, sums, si + o, whole, depth)
         if line % panel:
@@ -193,15 +203,8 @@ def weight_gradient_by_values(g, x, dw, padding):
                 top, left, here = t // wide * 4, t % wide * 4, (t - first) * count
                 transform_square(x, i, top - padding[0], left - padding[1], count, v, here, row, x_plane, square)
                 _transform_gradient(g, i, top, left, count, w, here * line, line, g_plane, turned)
-            if count < samples:
-                for value in range(24):
-                    # As in winograd: the next squares of the image, less the columns that overlap, and of g.
-                    for t in range(end, min(tiles, 2 * end - first)):
-                        top, left = t // wide * 4, t % wide * 4
-                        prefetch_pixel(x, i, top - padding[0] + value // 4, left - padding[1] + 2 + value % 4, count)
-                        if value < 16:
-                            prefetch_pixel(g, i, top + value // 4, left + value % 4, count)
-            _add_products(v, row, x_plane, w, line, g_plane, sums, plane, channels, (end - first) * count)
+            _add_products(v, row, x_plane, w, line, g_plane, sums, plane, channels, (end - first) * count,
+                          g, x, i, count, padding, end, min(tiles, 2 * end - first))
             rounds += 1
             if long and rounds % ROUNDS == 0:
                 _move_sums(sums, total)
