@@ -21,7 +21,7 @@ from . import aligned
 from .aligned import LINE
 from .jit import kernel
 from .registers import REGISTER
-from .simd import flat, lanes, load, load_part, out_of_line, prefetch, reduce_add, splat, store, store_part
+from .simd import flat, lanes, load, load_part, out_of_line, prefetch, reduce_add, select, splat, store, store_part
 from .tile import lanewise, load_row, load_tile, outer, store_tile, tile_add, turn_part, zero_tile
 
 CHAIN, SHORT = 4096, 256  # most and fewest terms of a sum before it is added to the total
@@ -264,22 +264,29 @@ def weight_gradient(g, x, dw, stride, padding, dilation, groups):
                                 load(total, (group * outputs + o) * t_row + ky * line + r * full))
 
 
-@kernel(exact=True, reads="g", writes="db")
-def bias_gradient(g, db):
-    """Sums of ``g`` (n, out, oh, ow), batch innermost, over samples and pixels."""
+@kernel(exact=True, reads="g y", writes="masked db")
+def bias_gradient(g, y, masked, db):
+    """Sums of ``g`` (n, out, oh, ow), batch innermost, over samples and pixels.
+
+    With a ``y`` of the same shape, not of size 0, of what is written to ``masked``: g where y is above 0, else 0.
+    """
     out_of_line()
     samples, out, oh, ow = g.shape
-    full = lanes(g)
+    full, zero = lanes(g), splat(g.dtype.type(0))
     row, total = np.zeros(out * full, g.dtype), np.zeros(out * full, g.dtype)
     for oy in range(oh):
         for ox in range(ow):
             for o in range(out):
-                v = load(row, o * full)
+                at, v = ((oy * ow + ox) * out + o) * samples, load(row, o * full)
                 for i in range(0, samples, full):
-                    v = v + load_part(g, ((oy * ow + ox) * out + o) * samples + i, samples - i)
+                    here = load_part(g, at + i, samples - i)
+                    if y.size:
+                        here = select(load_part(y, at + i, samples - i) > zero, here, zero)
+                        store_part(masked, at + i, here, samples - i)
+                    v = v + here
                 store(row, o * full, v)
         for i in range(0, row.size, full):  # short chains, as above
             store(total, i, load(total, i) + load(row, i))
-            store(row, i, splat(g.dtype.type(0)))
+            store(row, i, zero)
     for o in range(out):
         db[o] = reduce_add(load(total, o * full))
