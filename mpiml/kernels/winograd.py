@@ -27,7 +27,7 @@ from .direct import pack_weights
 from .gemm import ROWS, VECTORS, column_of_tiles, make_tiles
 from .jit import inlined, kernel
 from .polynomial import number, vector_function
-from .simd import fma, lanes, load, load_part, maximum, out_of_line, prefetch, splat, store, store_part
+from .simd import flat, fma, lanes, load, load_part, maximum, out_of_line, prefetch, splat, store, store_part
 from .tile import across, load_row, load_tile, store_tile, tile_add, tile_fma, tile_multiply, tile_subtract
 
 VALUES = 36
@@ -45,8 +45,8 @@ def _block(panel):
 
 
 @inlined
-def square_size(panel):
-    """Elements of the memory that :func:`transform_square` copies pixels to."""
+def near_size(panel):
+    """Elements of the memory that :func:`transform_squares` copies pixels to."""
     return NEAR * _block(panel)
 
 
@@ -132,74 +132,105 @@ def _transform_weights(w, inner, u, plane):
         store_tile(_tap_values(rows[5]), u, i + 30 * plane, plane, count, 1)
 
 
-@kernel(exact=True, reads="x")
-def transform_square(x, i, top, left, count, v, vi, row, plane, square):
-    """``B' d B`` of the square at (top, left), zeros being outside of the image, of ``count`` samples from ``i`` on.
+@vector_function
+def _copy(a, i, b, j, count):
+    """Copy ``count`` elements, at most a panel, between arrays of one axis."""
+    if count == VECTORS * lanes(b):
+        store_tile(load_row(a, i, None, VECTORS), b, j, lanes(b), None, 1)
+    elif count == 1:  # a picture by itself: twice as fast as with a mask
+        b[j] = a[i]
+    else:
+        whole = count // lanes(b) * lanes(b)
+        for s in range(0, whole, lanes(b)):
+            store(b, j + s, load(a, i + s))
+        if whole < count:
+            store_part(b, j + whole, load_part(a, i + whole, count - whole), count - whole)
 
-    Value k of channel c lies in v from ``vi + c * row + k * plane`` on, in whole vectors. The pixels are first copied to
-    ``square`` (:func:`square_size`), a few channels at a time so that they stay in the first cache: where they lie in x, a
-    power of two apart, they would all want the same few places of it. That takes 270 cycles of AMD Zen 4 for a vector of
-    samples; read from where they lie, 300 to 440.
+
+@kernel(exact=True, reads="x")
+def transform_squares(x, i, first, end, wide, above, before, count, v, plane, near):
+    """``B' d B`` of squares ``first`` to ``end`` of ``wide`` in a row, zeros being outside of the image, for samples from i.
+
+    Value k of channel c lies in v from ``c * panel + k * plane`` on: ``count`` samples of the first square, of the next one,
+    and so on, a panel at most. The pixels are first copied to ``near`` (:func:`near_size`), a few channels at a time so
+    that they stay in the first cache: where they lie in x, a power of two apart, they would all want the same few places of
+    it. That takes 270 cycles of AMD Zen 4 for a vector of samples; read from where they lie, 300 to 440.
     """
     out_of_line()
     samples, channels, height, width = x.shape
     full, panel = lanes(v), VECTORS * lanes(v)
     block = _block(panel)
-    zero = splat(v.dtype.type(0))
-    for begin in range(0, count, panel):
-        part = min(count - begin, panel)
-        for first in range(0, channels, NEAR):
-            here = min(channels - first, NEAR)
+    pixels, zero = flat(x), splat(v.dtype.type(0))
+    for begin in range(0, channels, NEAR):
+        here = min(channels - begin, NEAR)
+        for t in range(first, end):
+            top, left = t // wide * 4 - above, t % wide * 4 - before
             for k in range(VALUES):
-                oy, ox, to = top + k // 6, left + k % 6, k * panel
-                inside = 0 <= oy < height and 0 <= ox < width
-                at = ((oy * width + ox) * channels + first) * samples + i + begin
-                for _ in range(here):
-                    if inside and part == panel:
-                        store_tile(load_row(x, at, None, VECTORS), square, to, full, None, 1)
-                    else:
-                        for s in range(0, part, full):
-                            store(square, to + s, load_part(x, at + s, part - s) if inside else zero)
-                    at += samples
-                    to += block
-            for c in range(here):
-                for s in range(0, part, full):
-                    _square_values(square, c * block + s, 6 * panel, panel, v, vi + (first + c) * row + begin + s, plane)
+                iy, ix, to = top + k // 6, left + k % 6, k * panel + (t - first) * count
+                at = ((iy * width + ix) * channels + begin) * samples + i
+                if 0 <= iy < height and 0 <= ix < width:
+                    for c in range(here):
+                        _copy(pixels, at + c * samples, near, to + c * block, count)
+                else:
+                    for c in range(here):
+                        for s in range(0, count, full):
+                            store_part(near, to + c * block + s, zero, count - s)
+        for c in range(here):
+            for s in range(0, (end - first) * count, full):
+                _square_values(near, c * block + s, 6 * panel, panel, v, (begin + c) * panel + s, plane)
 
 
 @vector_function
-def _store_pixels(pixels, bias, least, y, yi, pixel, inside, count):
-    """Write the first ``inside`` of four pixels, plus ``bias`` and not below ``least``."""
-    store_part(y, yi, maximum(least, pixels[0] + bias), count)
+def _finish(m, bias, least, y, yi, pixel, inside, count):
+    """``A' m`` of six values, plus ``bias`` and not below ``least``: the first ``inside`` of the four pixels are written."""
+    p0, p1, p2, p3 = _result_pixels(m)
+    store_part(y, yi, maximum(least, p0 + bias), count)
     if inside > 1:
-        store_part(y, yi + pixel, maximum(least, pixels[1] + bias), count)
+        store_part(y, yi + pixel, maximum(least, p1 + bias), count)
     if inside > 2:
-        store_part(y, yi + 2 * pixel, maximum(least, pixels[2] + bias), count)
+        store_part(y, yi + 2 * pixel, maximum(least, p2 + bias), count)
     if inside > 3:
-        store_part(y, yi + 3 * pixel, maximum(least, pixels[3] + bias), count)
+        store_part(y, yi + 3 * pixel, maximum(least, p3 + bias), count)
 
 
 @kernel(exact=True, writes="y")
-def _transform_results(m, mi, row, plane, bias, low, y, i, top, left, count):
-    """``A' m A`` of all outputs: at most 4 x 4 pixels from (top, left) of ``count`` samples from ``i`` on."""
+def _transform_results(m, plane, bias, low, y, i, first, end, wide, count, near):
+    """``A' m A`` of all outputs and squares, as :func:`transform_squares` has them in a row.
+
+    Where a vector holds samples of several squares, these go to where they belong by way of ``near``.
+    """
     out_of_line()
     samples, outputs, height, width = y.shape
-    pixel = outputs * samples
-    line, down, inside, least = width * pixel, 6 * plane, width - left, splat(low)
+    full, panel, pixels = lanes(m), VECTORS * lanes(m), flat(y)
+    down, least, mixed = 6 * plane, splat(low), count < full
     for o in range(outputs):
-        for s in range(0, count, lanes(m)):
-            at, to = mi + o * row + s, (top * width + left) * pixel + o * samples + i + s
+        biases = splat(bias[o])
+        for s in range(0, (end - first) * count, full):
+            at, top, left, part = o * panel + s, 0, 0, full
+            to, line, pixel, place = s, 4 * panel, panel, near
+            if not mixed:
+                t = first + s // count
+                top, left, part = t // wide * 4, t % wide * 4, count - s % count
+                line, pixel, place = width * outputs * samples, outputs * samples, pixels
+                to = top * line + left * pixel + o * samples + i + s % count
             rows = across((_result_pixels(_six(m, at, down)), _result_pixels(_six(m, at + plane, down)),
                            _result_pixels(_six(m, at + 2 * plane, down)), _result_pixels(_six(m, at + 3 * plane, down)),
                            _result_pixels(_six(m, at + 4 * plane, down)), _result_pixels(_six(m, at + 5 * plane, down))))
-            biases, left_over = splat(bias[o]), count - s
-            _store_pixels(_result_pixels(rows[0]), biases, least, y, to, pixel, inside, left_over)
-            if top + 1 < height:
-                _store_pixels(_result_pixels(rows[1]), biases, least, y, to + line, pixel, inside, left_over)
-            if top + 2 < height:
-                _store_pixels(_result_pixels(rows[2]), biases, least, y, to + 2 * line, pixel, inside, left_over)
-            if top + 3 < height:
-                _store_pixels(_result_pixels(rows[3]), biases, least, y, to + 3 * line, pixel, inside, left_over)
+            right, below = (4, 4) if mixed else (width - left, height - top)
+            _finish(rows[0], biases, least, place, to, pixel, right, part)
+            if below > 1:
+                _finish(rows[1], biases, least, place, to + line, pixel, right, part)
+            if below > 2:
+                _finish(rows[2], biases, least, place, to + 2 * line, pixel, right, part)
+            if below > 3:
+                _finish(rows[3], biases, least, place, to + 3 * line, pixel, right, part)
+        for t in range(first, end if mixed else first):
+            top, left = t // wide * 4, t % wide * 4
+            for k in range(min(4, height - top)):
+                to = (((top + k) * width + left) * outputs + o) * samples + i
+                for p in range(4 * k, 4 * k + min(4, width - left)):
+                    _copy(near, p * panel + (t - first) * count, pixels, to, count)
+                    to += outputs * samples
 
 
 @kernel(exact=True, reads="x")
@@ -215,27 +246,27 @@ def prefetch_pixel(x, i, top, left, samples):
 
 
 @kernel(exact=True, reads="x")
-def _products(u, u_plane, v, row, v_plane, m, m_plane, outputs, channels, columns, x, y,
-              i, top, left, result_top, result_left, count):
+def _products(u, u_plane, v, v_plane, m, m_plane, outputs, channels, columns, x, y, i, top, left, result_top, result_left,
+              count):
     """The matrix products of all values: outputs x channels times channels x columns, at most a panel of samples.
 
-    With a ``count`` of samples, during each of them a pixel of the next square, at (top, left) of x, is asked for: 4
-    columns of 6, as 2 are those of the square before; and one of those of y that will be written.
+    During each of them a pixel of ``count`` samples of the next square, at (top, left) of x, is asked for: 4 columns of 6,
+    as 2 are those of the square before; and one of those of y that will be written.
     """
     out_of_line()
-    panel = VECTORS * lanes(m)
-    whole = outputs // ROWS * ROWS if columns == panel else 0
+    full, panel = lanes(m), VECTORS * lanes(m)
+    whole = outputs // ROWS * ROWS if columns > full else 0
     for value in range(VALUES):
         ui, vi, mi = value * u_plane, value * v_plane, value * m_plane
-        if count and value < 24:
+        if value < 24:
             prefetch_pixel(x, i, top + value // 4, left + 2 + value % 4, count)
-        if count and value < 16:
+        if value < 16:
             prefetch_pixel(y, i, result_top + value // 4, result_left + value % 4, count)
         # Not a call for each value, which would cost as much as a sixth of 16 x 16 products.
-        _tiles(u, ui, 1, outputs, v, vi, row, m, 0, 0, m, mi, panel, whole, channels, panel, False, False)
+        _tiles(u, ui, 1, outputs, v, vi, panel, m, 0, 0, m, mi, panel, whole, channels, panel, False, False)
         if whole < outputs:
-            column_of_tiles(u, ui + whole, 1, outputs, v, vi, row, m, mi + whole * panel, panel, outputs - whole, channels,
-                            columns, False)
+            column_of_tiles(u, ui + whole, 1, outputs, v, vi, panel, m, mi + whole * panel, panel, outputs - whole, channels,
+                            panel if columns > full else full, False)
 
 
 @kernel(exact=True, reads="x weight bias", writes="y")
@@ -257,12 +288,12 @@ def convolve_by_values(x, weight, bias, relu, y, padding, backward):
     inner = channels * outputs
     w = np.empty(weight.size, y.dtype)
     pack_weights(weight, by_row, by_inner, 0, taps, taps, outputs, channels, 1, outputs, w)
-    # Planes a little longer than a power of two, or their elements would all want the same places of the cache; rows of
-    # images' values with room for a vector of which few lanes count.
-    row = panel + full
-    u_plane, v_plane, m_plane = inner + full, channels * row + full, outputs * panel + full
+    # Planes a little longer than a power of two, or their elements would all want the same places of the cache.
+    u_plane, v_plane, m_plane = inner + full, channels * panel + full, outputs * panel + full
     u, v = aligned.empty(VALUES * u_plane, y.dtype), aligned.empty(VALUES * v_plane, y.dtype)
-    m, square = aligned.empty(VALUES * m_plane, y.dtype), aligned.empty(square_size(panel), y.dtype)
+    m, near = aligned.empty(VALUES * m_plane, y.dtype), aligned.empty(near_size(panel), y.dtype)
+    v[:] = 0
+    near[:] = 0
     _transform_weights(w, inner, u, u_plane)
 
     wide = (ow + 3) // 4
@@ -272,12 +303,7 @@ def convolve_by_values(x, weight, bias, relu, y, padding, backward):
         together = panel // count  # few samples: several squares side by side
         for first in range(0, tiles, together):
             end = min(tiles, first + together)
-            for t in range(first, end):
-                transform_square(x, i, t // wide * 4 - above, t % wide * 4 - before, count, v, (t - first) * count, row,
-                                 v_plane, square)
-            _products(u, u_plane, v, row, v_plane, m, m_plane, outputs, channels, (end - first) * count,
-                      x, y, i, end // wide * 4 - above, end % wide * 4 - before, first // wide * 4, first % wide * 4,
-                      count)
-            for t in range(first, end):
-                _transform_results(m, (t - first) * count, panel, m_plane, biases, low, y, i, t // wide * 4, t % wide * 4,
-                                   count)
+            transform_squares(x, i, first, end, wide, above, before, count, v, v_plane, near)
+            _products(u, u_plane, v, v_plane, m, m_plane, outputs, channels, (end - first) * count, x, y, i,
+                      end // wide * 4 - above, end % wide * 4 - before, first // wide * 4, first % wide * 4, count)
+            _transform_results(m, m_plane, biases, low, y, i, first, end, wide, count, near)

@@ -20,10 +20,9 @@ from .jit import kernel
 from .polynomial import number, vector_function
 from .simd import fma, lanes, load, out_of_line, splat, store
 from .tile import across, load_row, load_tile, outer, store_tile, tile_add, turn_part, zero_tile
-from .winograd import VALUES, prefetch_pixel, square_size, transform_square
+from .winograd import VALUES, near_size, prefetch_pixel, transform_squares
 
-NEAR = 1 << 18  # bytes of values between two rounds of products
-ROUNDS = 16  # after which their sums are added to the total
+ROUNDS = 16  # of products, after which their sums are added to the total
 
 
 def _make_tiles(vectors):
@@ -174,37 +173,35 @@ def weight_gradient_by_values(g, x, dw, padding):
     _, outputs, oh, ow = g.shape
     full = lanes(g)
     line = -(-outputs // full) * full
-    # A product takes ``depth`` samples at a time, of one square after the other, and these are whole vectors.
-    depth = max(NEAR // (VALUES * (channels + line) * g.itemsize) // (2 * full), 1) * 2 * full
-    parts = -(-samples // depth)
-    chunk = min(samples, -(-samples // (parts * full)) * full)  # as equal as whole vectors can be
-    together = depth // chunk  # few samples: several squares side by side
+    # A product takes a panel of samples at a time; few samples: of several squares, one after the other.
+    panel = VECTORS * full
+    together = panel // max(min(samples, panel), 1)
 
     # Planes a little longer than a power of two, or their elements would all want the same places of the cache.
-    row = depth + full
-    x_plane, g_plane, plane = channels * row + full, depth * line + full, channels * line + full
+    x_plane, g_plane, plane = channels * panel + full, panel * line + full, channels * line + full
     v, w = aligned.empty(VALUES * x_plane, g.dtype), aligned.empty(VALUES * g_plane, g.dtype)
-    sums, square = aligned.empty(VALUES * plane, g.dtype), aligned.empty(square_size(2 * full), g.dtype)
+    sums, near = aligned.empty(VALUES * plane, g.dtype), aligned.empty(near_size(panel), g.dtype)
     sums[:] = 0
-    pixel = full * full
-    turned = aligned.empty(16 * pixel, g.dtype)
+    near[:] = 0
+    turned = aligned.empty(16 * full * full, g.dtype)
     turned[:] = 0
 
     wide = (ow + 3) // 4
     tiles = (oh + 3) // 4 * wide
-    long = parts * -(-tiles // together) > 2 * ROUNDS  # short chains of additions, small errors
+    long = -(-samples // panel) * -(-tiles // together) > 2 * ROUNDS  # short chains of additions, small errors
     total = np.zeros_like(sums) if long else sums
     rounds = 0
-    for i in range(0, samples, chunk):
-        count = min(samples - i, chunk)
+    for i in range(0, samples, panel):
+        count = min(samples - i, panel)
+        together = panel // count
         for first in range(0, tiles, together):
             end = min(tiles, first + together)
+            transform_squares(x, i, first, end, wide, padding[0], padding[1], count, v, x_plane, near)
             for t in range(first, end):
-                top, left, here = t // wide * 4, t % wide * 4, (t - first) * count
-                transform_square(x, i, top - padding[0], left - padding[1], count, v, here, row, x_plane, square)
-                _transform_gradient(g, i, top, left, count, w, here * line, line, g_plane, turned)
-            _add_products(v, row, x_plane, w, line, g_plane, sums, plane, channels, (end - first) * count,
-                          g, x, i, count, padding, end, min(tiles, 2 * end - first))
+                _transform_gradient(g, i, t // wide * 4, t % wide * 4, count, w, (t - first) * count * line, line, g_plane,
+                                    turned)
+            _add_products(v, panel, x_plane, w, line, g_plane, sums, plane, channels, (end - first) * count,
+                          g, x, i, count, padding, end, min(tiles, end + 1))
             rounds += 1
             if long and rounds % ROUNDS == 0:
                 _move_sums(sums, total)
