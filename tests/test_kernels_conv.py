@@ -78,6 +78,10 @@ def test_conv2d_and_its_gradients(dtype, layout, other, n, groups, inners, outpu
     near(dx, tx.grad)
     near(dw, tw.grad)
     near(k.conv2d_vjp_bias(g), tensors(g)[0].sum((0, 2, 3)))
+    masked, db = k.conv2d_vjp_relu(g, y)
+    np.testing.assert_array_equal(masked, np.where(y > 0, g, 0))
+    np.testing.assert_array_equal(db, k.conv2d_vjp_bias(masked))
+    assert is_batch_innermost(masked)
     assert is_batch_innermost(dx)
     for call, result in ((lambda out: k.conv2d(x, weight, *how, bias, relu, out), y),
                          (lambda out: k.conv2d_vjp_x(g, weight, x.shape, *how, out), dx),
@@ -189,6 +193,8 @@ def test_an_empty_batch():
     for winograd in None, True:
         assert not k.conv2d_vjp_weight(y, x, weight.shape, winograd=winograd).any()
     assert not k.conv2d_vjp_bias(y).any()
+    masked, db = k.conv2d_vjp_relu(y, y)
+    assert masked.shape == y.shape and not db.any()
     pooled, index = k.max_pool2d(x, (2, 2), (2, 2))
     assert k.max_pool2d_vjp(pooled, index, x.shape, (2, 2), (2, 2)).shape == x.shape
     assert k.avg_pool2d_vjp(k.avg_pool2d(x, (2, 2), (2, 2)), x.shape, (2, 2), (2, 2)).shape == x.shape
@@ -199,6 +205,8 @@ def test_nan_and_infinity_reach_the_result():
     x[0, 0, 0, 0], x[1, 0, 1, 1] = np.nan, -np.inf
     np.testing.assert_array_equal(k.conv2d(x, weight), x)
     np.testing.assert_array_equal(k.conv2d(x, weight, relu=True), np.where(x == -np.inf, 0, x))
+    g = np.where(x == 1, x, np.nan)
+    np.testing.assert_array_equal(k.conv2d_vjp_relu(g, x)[0], np.where(x > 0, g, 0))
 
 
 @often
@@ -262,6 +270,7 @@ IMAGE = np.zeros((2, 4, 5, 5), "float32")
     (ValueError, "out has shape", lambda: k.conv2d(IMAGE, normal(1, 3, 4, 2, 2), out=normal(1, 2))),
     (ValueError, r"has shape \(2, 3, 4, 4\)", lambda: k.conv2d_vjp_x(IMAGE, normal(1, 3, 4, 2, 2), IMAGE.shape)),
     (ValueError, r"has shape \(2, 3, 4, 4\)", lambda: k.conv2d_vjp_weight(IMAGE, IMAGE, (3, 4, 2, 2))),
+    (ValueError, "value of one shape", lambda: k.conv2d_vjp_relu(IMAGE, IMAGE[1:])),
     (ValueError, "padding of half", lambda: k.max_pool2d(IMAGE, (2, 2), (2, 2), (2, 2))),
     (ValueError, "finds no place", lambda: k.avg_pool2d(IMAGE, (6, 6), (1, 1))),
     (ValueError, "pooling takes images", lambda: k.avg_pool2d(IMAGE[0], (2, 2), (2, 2)))])

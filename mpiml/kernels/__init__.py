@@ -13,7 +13,7 @@ To read them all, begin with how they are made and what they are made of, then f
 """
 
 from .attention import attention, attention_vjp
-from .conv import conv2d, conv2d_vjp_bias, conv2d_vjp_weight, conv2d_vjp_x, out_size
+from .conv import conv2d, conv2d_vjp_bias, conv2d_vjp_relu, conv2d_vjp_weight, conv2d_vjp_x, out_size
 from .convert import from_bfloat16, from_float16, to_bfloat16, to_float16
 from .crossentropy import label_loss, label_loss_vjp
 from .dense import linear, linear_vjp, linear_vjp_bias, linear_vjp_weight, linear_vjp_x, matmul
@@ -45,11 +45,11 @@ from .update import adam, lamb, lars, norm, scale, sgd
 
 __all__ = [
     "absolute", "adam", "add_relu", "attention", "attention_vjp", "avg_pool2d", "avg_pool2d_vjp", "binary", "binary_vjp",
-    "conv2d", "conv2d_vjp_bias", "conv2d_vjp_weight", "conv2d_vjp_x", "dropout", "embedding", "embedding_vjp", "exp",
-    "exp_vjp", "from_bfloat16", "from_float16", "gelu", "gelu_vjp", "huber", "huber_vjp", "label_loss",
-    "label_loss_vjp", "lamb", "lars", "layer_norm", "layer_norm_vjp", "linear", "linear_vjp", "linear_vjp_bias",
-    "linear_vjp_weight", "linear_vjp_x", "log", "log_softmax", "log_softmax_vjp", "log_vjp", "logsumexp",
-    "logsumexp_vjp", "matmul", "max_pool2d", "max_pool2d_vjp", "norm", "out_size", "relu", "relu_vjp", "scale", "sgd",
-    "sigmoid", "sigmoid_vjp", "silu", "silu_vjp", "softmax", "softmax_vjp", "squared", "standardize",
+    "conv2d", "conv2d_vjp_bias", "conv2d_vjp_relu", "conv2d_vjp_weight", "conv2d_vjp_x", "dropout", "embedding",
+    "embedding_vjp", "exp", "exp_vjp", "from_bfloat16", "from_float16", "gelu", "gelu_vjp", "huber", "huber_vjp",
+    "label_loss", "label_loss_vjp", "lamb", "lars", "layer_norm", "layer_norm_vjp", "linear", "linear_vjp",
+    "linear_vjp_bias", "linear_vjp_weight", "linear_vjp_x", "log", "log_softmax", "log_softmax_vjp", "log_vjp",
+    "logsumexp", "logsumexp_vjp", "matmul", "max_pool2d", "max_pool2d_vjp", "norm", "out_size", "relu", "relu_vjp",
+    "scale", "sgd", "sigmoid", "sigmoid_vjp", "silu", "silu_vjp", "softmax", "softmax_vjp", "squared", "standardize",
     "standardize_by", "standardize_by_vjp", "standardize_vjp", "tanh", "tanh_vjp", "to_bfloat16", "to_float16",
 ]

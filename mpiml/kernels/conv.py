@@ -173,5 +173,39 @@ def conv2d_vjp_bias(g, out=None):
     if g.ndim != 4:
         refuse("conv2d_vjp_bias takes a gradient of shape (n, out, oh, ow), not {}", g.shape)
     db = output(out, (g.shape[1],), g.dtype)
-    bias_gradient(innermost(g), db)
+    none = np.empty((0, 0, 0, 0), g.dtype)
+    bias_gradient(innermost(g), none, none, db)
     return db
+
+
+@public
+def conv2d_vjp_relu(g, y):
+    """Behind the relu of ``y = conv2d(..., relu=True)``: the gradient that the other vjps take, and with it that for bias.
+
+    Both in one pass over the memory: a quarter less time than :func:`relu_vjp` and :func:`conv2d_vjp_bias`.
+
+    Parameters
+    ----------
+    g : (n, out, oh, ow) array, float32 or float64
+        Gradient for y.
+    y : (n, out, oh, ow) array of the same dtype
+
+    Returns
+    -------
+    (n, out, oh, ow) array, batch innermost
+        ``g`` where y is above 0, else 0.
+    (out,) array
+        Gradient for bias.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Dtypes or shapes that differ.
+    """
+    check_dtypes("conv2d_vjp_relu", g, y)
+    if g.ndim != 4 or g.shape != y.shape:
+        refuse("conv2d_vjp_relu takes gradient and value of one shape (n, out, oh, ow), not {} and {}", g.shape, y.shape)
+    masked = images(g.shape[0], g.shape[1], g.shape[2], g.shape[3], g.dtype)
+    db = np.empty(g.shape[1], g.dtype)
+    bias_gradient(innermost(g), innermost(y), masked, db)
+    return masked, db

@@ -6,7 +6,11 @@ after the other in the images, times output channels, summed over the pixels of 
 * Lanes are output channels: the row of ``g`` is transposed, once for all taps; a step broadcasts the images' elements.
   For as many output channels as fill the lanes.
 * Lanes are samples: a step multiplies vectors of ``g`` and of the images as they lie; the lanes are summed at the end.
-  For few output channels, or few elements to broadcast.
+  For few output channels, or few elements to broadcast: the transpose would take a quarter of the time of 3 x 3 x 3 taps.
+
+At its edges a row's pixels meet fewer taps, and products of one pixel take longer than their multiplications. So either
+rows of the images are first copied together with their padding, or each tap is a product by itself, of those pixels that
+it meets: the copy is little work for few channels, and for many each tap has rows enough for whole tiles.
 
 Each row of pixels has a sum of its own that is then added to the others': short chains of additions, small errors.
 """
@@ -14,12 +18,14 @@ Each row of pixels has a sum of its own that is then added to the others': short
 import numpy as np
 
 from . import aligned
+from .aligned import LINE
 from .jit import kernel
-from .simd import lanes, load, load_part, out_of_line, reduce_add, splat, store, store_part
-from .taps import COUNT, FIRST, SOURCE, forward_taps
-from .tile import fetch_tile, lanewise, load_row, load_tile, outer, store_tile, tile_add, turn_part, zero_tile
+from .registers import REGISTER
+from .simd import flat, lanes, load, load_part, out_of_line, prefetch, reduce_add, select, splat, store, store_part
+from .tile import lanewise, load_row, load_tile, outer, store_tile, tile_add, turn_part, zero_tile
 
 CHAIN, SHORT = 4096, 256  # most and fewest terms of a sum before it is added to the total
+FEW = 9  # rows, taps of a line times channels, at most, of which the second form is faster for any number of outputs
 NEAR = 1 << 16  # bytes of g, at most, that are used for all taps before the next ones
 
 
@@ -43,36 +49,37 @@ def _make_broadcast(rows):
     return tile
 
 
-def _make_dots(rows, columns, blocks=1):
-    """A kernel that adds to a tile of ``total`` products of ``rows`` outputs of g and ``blocks`` times ``columns`` rows of x.
+def _make_dots(rows, columns):
+    """A kernel that adds to ``total`` products of ``rows`` outputs of g at a time and ``columns`` rows of x.
 
     What is added up is a vector for each, of which a lane has every so many-th sample.
     """
-    width = columns * blocks
-    size = rows * width
+    size = rows * columns
 
     @kernel(exact=True, reads="g x")
-    def tile(g, gi, g_row, g_pixel, x, xi, x_column, x_block, x_pixel, pixels, samples, total, ti, t_row):
+    def tiles(g, gi, g_row, g_pixel, x, xi, x_row, x_pixel, pixels, samples, total, ti, t_row, outputs):
         out_of_line()
-        acc = zero_tile(total, size)
         whole = samples // lanes(g) * lanes(g)
-        for p in range(pixels):
-            gk, xk = gi + p * g_pixel, xi + p * x_pixel
-            for i in range(0, whole, lanes(g)):  # without a mask, which costs as much as several of the products
-                if blocks > 1:
-                    fetch_tile(g, gk + rows * g_row + i, g_row, rows, 1)  # the next tile's
-                acc = lanewise(acc, g, gk + i, g_row, x, xk + i, x_column, x_block, None, columns, blocks)
-            if whole < samples:
-                acc = lanewise(acc, g, gk + whole, g_row, x, xk + whole, x_column, x_block, samples - whole, columns, blocks)
-        store_tile(tile_add(acc, load_tile(total, ti, t_row, None, size, width)), total, ti, t_row, None, width)
+        for _ in range(outputs // rows):
+            acc = zero_tile(total, size)
+            for p in range(pixels):
+                gk, xk = gi + p * g_pixel, xi + p * x_pixel
+                for i in range(0, whole, lanes(g)):  # without a mask, which costs as much as several of the products
+                    acc = lanewise(acc, g, gk + i, g_row, x, xk + i, x_row, None, columns)
+                if whole < samples:
+                    acc = lanewise(acc, g, gk + whole, g_row, x, xk + whole, x_row, samples - whole, columns)
+            store_tile(tile_add(acc, load_tile(total, ti, t_row, None, size, columns)), total, ti, t_row, None, columns)
+            gi += rows * g_row
+            ti += rows * t_row
 
-    return tile
+    return tiles
 
 
 _eight, _five, _four, _two, _one = (_make_broadcast(rows) for rows in (8, 5, 4, 2, 1))
-_three_five, _three_three, _three_one, _one_five, _one_three, _one_one = (
-    _make_dots(rows, columns) for rows in (3, 1) for columns in (5, 3, 1))
-_two_nine, _one_nine = _make_dots(2, 3, 3), _make_dots(1, 3, 3)
+# Rows of x in a tile, largest first: 3 x 9 sums and their factors take 31 registers, of 32 that there are but for AVX2.
+WIDE, MIDDLE, NARROW = (4, 3, 2) if REGISTER == 32 else (9, 5, 3)
+_three_wide, _three_middle, _three_narrow, _three_one, _one_wide, _one_middle, _one_narrow, _one_one = (
+    _make_dots(rows, columns) for rows in (3, 1) for columns in (WIDE, MIDDLE, NARROW, 1))
 
 
 @kernel(exact=True, reads="x")
@@ -101,41 +108,69 @@ def broadcast_products(x, xi, x_row, x_pixel, g, gi, g_row, pixels, samples, tot
 
 
 @kernel(exact=True, reads="x g")
-def _dots(x, xi, x_row, x_block, x_pixel, g, gi, g_row, g_pixel, pixels, samples, total, ti, t_row, rows, outputs):
-    """The same, lanes being samples; where ``x_block`` is not 0, 9 rows are 3 of each of 3 blocks."""
+def _dots(x, xi, x_row, x_pixel, g, gi, g_row, g_pixel, pixels, samples, total, ti, t_row, rows, outputs):
+    """The same, lanes being samples."""
     out_of_line()
-    o = 0
-    while o < outputs and rows == 9:
-        high = 2 if outputs - o >= 2 else 1
-        task = (g, gi + o * g_row, g_row, g_pixel, x, xi, x_row, x_block or 3 * x_row, x_pixel, pixels, samples,
-                total, ti + o * t_row, t_row)
-        if high == 2:
-            _two_nine(*task)
+    o = outputs // 3 * 3
+    r = 0
+    while r < rows:
+        left = rows - r
+        step = WIDE if left >= WIDE else MIDDLE if left >= MIDDLE else NARROW if left >= NARROW else 1
+        xk, tk = xi + r * x_row, ti + r * lanes(g)
+        threes = (g, gi, g_row, g_pixel, x, xk, x_row, x_pixel, pixels, samples, total, tk, t_row, o)
+        ones = (g, gi + o * g_row, g_row, g_pixel, x, xk, x_row, x_pixel, pixels, samples, total, tk + o * t_row, t_row,
+                outputs - o)
+        if step == WIDE:
+            _three_wide(*threes)
+            _one_wide(*ones)
+        elif step == MIDDLE:
+            _three_middle(*threes)
+            _one_middle(*ones)
+        elif step == NARROW:
+            _three_narrow(*threes)
+            _one_narrow(*ones)
         else:
-            _one_nine(*task)
-        o += high
-    while o < outputs:
-        high = 3 if outputs - o >= 3 else 1
-        r = 0
-        while r < rows:
-            wide = 5 if rows - r >= 5 else 3 if rows - r >= 3 else 1
-            task = (g, gi + o * g_row, g_row, g_pixel, x, xi + r * x_row, x_row, 0, x_pixel, pixels, samples,
-                    total, ti + o * t_row + r * lanes(g), t_row)
-            if high == 3:
-                if wide == 5:
-                    _three_five(*task)
-                elif wide == 3:
-                    _three_three(*task)
-                else:
-                    _three_one(*task)
-            elif wide == 5:
-                _one_five(*task)
-            elif wide == 3:
-                _one_three(*task)
-            else:
-                _one_one(*task)
-            r += wide
-        o += high
+            _three_one(*threes)
+            _one_one(*ones)
+        r += step
+
+
+@kernel(exact=True, reads="x g")
+def _line_products(x, xi, x_row, pixel, width, left, stride, taps, dilation, g, gi, g_row, g_pixel, turned, wi, w_row,
+                   broadcast, pixels, samples, total, ti, t_row, rows, outputs):
+    """Either of these, with ``turned`` or ``g``, for each of ``taps`` taps, for those of the ``pixels`` that it meets.
+
+    ``left`` is the pixel of x, of ``width`` pixels side by side from ``xi`` on, that tap 0 of the first one of g meets.
+    """
+    out_of_line()
+    for kx in range(taps):
+        start = left + kx * dilation
+        first, last = max(0, -(start // stride)), min(pixels, (width - 1 - start) // stride + 1)  # -(a // b): rounded up
+        if first >= last:
+            continue
+        at = xi + (start + first * stride) * pixel
+        if broadcast:
+            broadcast_products(x, at, x_row, stride * pixel, turned, wi + first * samples * w_row, w_row, last - first,
+                               samples, total, ti + kx * rows * t_row, t_row, rows, outputs)
+        else:
+            _dots(x, at, x_row, stride * pixel, g, gi + first * g_pixel, g_row, g_pixel, last - first, samples,
+                  total, ti + kx * rows * lanes(g), t_row, rows, outputs)
+
+
+@kernel(exact=True, reads="x")
+def _fetch(x, xi, size):
+    """Have these elements brought near: read for the first time by products they would come too late."""
+    out_of_line()
+    for i in range(xi, min(xi + size, x.size), LINE // x.itemsize):
+        prefetch(x, i)
+
+
+@kernel(exact=True, reads="x")
+def _copy(x, xi, y, yi, size):
+    """``y[yi:yi + size] = x[xi:xi + size]``, of flat positions."""
+    out_of_line()
+    for i in range(0, size, lanes(y)):
+        store_part(y, yi + i, load_part(x, xi + i, size - i), size - i)
 
 
 @kernel(exact=True, reads="g")
@@ -154,69 +189,66 @@ def weight_gradient(g, x, dw, stride, padding, dilation, groups):
     samples, channels, height, width = x.shape
     _, out, oh, ow = g.shape
     outputs, inners, kh, kw = dw.shape[0] // groups, dw.shape[1], dw.shape[2], dw.shape[3]
-    _, lines, line_step = forward_taps(height, kh, oh, stride[0], padding[0], dilation[0])
-    _, columns, column_step = forward_taps(width, kw, ow, stride[1], padding[1], dilation[1])
-
-    # What is a row of the product: a channel of all taps, a tap of the only channel, or a channel of one tap.
-    merged = column_step == 1 and groups == 1
-    single = inners == 1
-    rows = kw * inners
-    sections, section, row_stride = kw, inners, samples
-    if merged or single:
-        sections, section = 1, rows
-        if not merged:
-            row_stride = column_step * channels * samples
 
     full = lanes(g)
     filled = -(-outputs // full) * full
-    broadcast = 4 * outputs > 3 * filled and section > 4
-    line = filled if broadcast else outputs * full  # elements of ``total`` for a row
-    total = aligned.empty(groups * kh * rows * line, g.dtype)
+    broadcast = 4 * outputs > 3 * filled and kw * inners > FEW
+    # At the edges pixels meet fewer taps. For few channels lines of the images are copied together with their padding; else
+    # each tap is a product by itself, of the pixels that it meets.
+    copy = padding[1] > 0 and (inners < 8 or not broadcast)
+    # What is a row of the product: a channel of all taps of a line, a tap of the only channel, or a channel of one tap.
+    merged = (inners == 1 or (dilation[1] == 1 and groups == 1)) and (copy or padding[1] == 0)
+    taps, rows = (1, kw * inners) if merged else (kw, inners)
+    pixel = channels * samples
+    row_stride = dilation[1] * pixel if inners == 1 else samples
+    # Of ``total`` for a line of taps: rows of outputs, or vectors, an output's lines side by side.
+    line, t_row = (kw * inners * filled, filled) if broadcast else (kw * inners * full, kh * kw * inners * full)
+    total = aligned.empty(groups * (kh * line if broadcast else outputs * t_row), g.dtype)
     total[:] = 0
-    # Of one channel 3 x 3 taps make one tile.
-    nine = not broadcast and single and rows == 3 and kh == 3
+
     # So many pixels at a time that their part of g stays in the first cache, if the sums are not too short for that.
     g_row = filled if groups == 1 else out + full
-    pixel = samples * (g_row if broadcast else out)
-    chunk = min(max(NEAR // max(pixel * g.itemsize, 1), SHORT // max(samples, 1), 1), max(CHAIN // max(samples, 1), 1))
+    if broadcast:
+        chunk = max(NEAR // max(samples * g_row * g.itemsize, 1), SHORT // max(samples, 1), 1)
+    else:
+        chunk = ow
+    chunk = min(chunk, max(CHAIN // max(samples, 1), 1))
     turned = aligned.empty(min(chunk, ow) * samples * g_row if broadcast else 0, g.dtype)
     turned[:] = 0
+    before, span = padding[1] if copy else 0, (kh - 1) * dilation[0] + 1
+    wide = width + 2 * before
+    padded = aligned.empty(span * wide * pixel if copy else 0, g.dtype)
+    padded[:] = 0
+    copied = 0
 
     for oy in range(oh):
-        for begin in range(0, ow, chunk):
-            end = min(begin + chunk, ow)
+        top = oy * stride[0] - padding[0]
+        if copy:
+            for iy in range(max(copied, top), min(top + span, height)):
+                _copy(x, iy * width * pixel, padded, (iy % span * wide + before) * pixel, width * pixel)
+            copied = max(copied, top + span)
+        for ox in range(0, ow, chunk):
+            pixels = min(chunk, ow - ox)
             if broadcast:
-                for ox in range(begin, end):
-                    _turn_pixel(g, (oy * ow + ox) * out * samples, samples, out, turned, (ox - begin) * samples * g_row, g_row)
+                for p in range(pixels):
+                    _turn_pixel(g, (oy * ow + ox + p) * out * samples, samples, out, turned, p * samples * g_row, g_row)
             for group in range(groups):
-                for tap in range(lines[oy, COUNT]):
-                    ky, iy = lines[oy, FIRST] + tap, lines[oy, SOURCE] + tap * line_step
-                    at = (group * kh + ky) * rows * line
-                    vi = (group * outputs * kh + ky) * rows * full
-                    ox = begin
-                    while ox < end:
-                        # Pixels side by side that the same taps meet.
-                        first, count = columns[ox, FIRST], columns[ox, COUNT]
-                        next_ox = ox + 1
-                        while next_ox < end and columns[next_ox, FIRST] == first and columns[next_ox, COUNT] == count:
-                            next_ox += 1
-                        blocks = nine and count == 3 and lines[oy, COUNT] == 3
-                        for kx in range(0 if blocks and tap > 0 else count if sections > 1 else min(count, 1)):
-                            r = (first + kx) * inners
-                            n = section if sections > 1 else count * inners
-                            column = columns[ox, SOURCE] + kx * column_step
-                            xi = ((iy * width + column) * channels + group * inners) * samples
-                            if broadcast:
-                                broadcast_products(x, xi, row_stride, stride[1] * channels * samples, turned,
-                                           (ox - begin) * samples * g_row + group * outputs, g_row, next_ox - ox, samples,
-                                           total, at + r * line, line, n, outputs)
-                            else:
-                                _dots(x, xi, row_stride, line_step * width * channels * samples if blocks else 0,
-                                      stride[1] * channels * samples, g,
-                                      ((oy * ow + ox) * out + group * outputs) * samples, samples, out * samples,
-                                      next_ox - ox, samples, total, vi + r * full, kh * rows * full, 9 if blocks else n,
-                                      outputs)
-                        ox = next_ox
+                for ky in range(kh):
+                    iy = top + ky * dilation[0]
+                    if not copy and group == 0:  # the lines that are new to the next pixels of g are asked for, bit by bit
+                        new = stride[0] * width * pixel
+                        _fetch(x, (top + span) * width * pixel + new * (ox * kh + ky * pixels) // (ow * kh),
+                               new * pixels // (ow * kh))
+                    if 0 <= iy < height:
+                        ti = (group * kh + ky) * line if broadcast else group * outputs * t_row + ky * line
+                        task = (row_stride, pixel, wide, ox * stride[1] - padding[1] + before, stride[1], taps, dilation[1],
+                                flat(g), ((oy * ow + ox) * out + group * outputs) * samples, samples, out * samples,
+                                turned, group * outputs, g_row, broadcast, pixels, samples, total, ti, t_row, rows, outputs)
+                        if copy:
+                            _line_products(padded, iy % span * wide * pixel + group * inners * samples, *task)
+                        else:
+                            _line_products(flat(x), iy * width * pixel + group * inners * samples, *task)
+
     down, right, inward = dw.strides[2] // dw.itemsize, dw.strides[3] // dw.itemsize, dw.strides[1] // dw.itemsize
     for group in range(groups):
         for ky in range(kh):
@@ -225,29 +257,36 @@ def weight_gradient(g, x, dw, stride, padding, dilation, groups):
                     r, at = kx * inners + c, ky * down + kx * right + c * inward + group * outputs
                     if broadcast:
                         for o in range(0, outputs, full):
-                            store_part(dw, at + o, load(total, ((group * kh + ky) * rows + r) * line + o), outputs - o)
+                            store_part(dw, at + o, load(total, (group * kh + ky) * line + r * t_row + o), outputs - o)
                     else:
                         for o in range(outputs):
                             dw[group * outputs + o, c, ky, kx] = reduce_add(
-                                load(total, (((group * outputs + o) * kh + ky) * rows + r) * full))
+                                load(total, (group * outputs + o) * t_row + ky * line + r * full))
 
 
-@kernel(exact=True, reads="g", writes="db")
-def bias_gradient(g, db):
-    """Sums of ``g`` (n, out, oh, ow), batch innermost, over samples and pixels."""
+@kernel(exact=True, reads="g y", writes="masked db")
+def bias_gradient(g, y, masked, db):
+    """Sums of ``g`` (n, out, oh, ow), batch innermost, over samples and pixels.
+
+    With a ``y`` of the same shape, not of size 0, of what is written to ``masked``: g where y is above 0, else 0.
+    """
     out_of_line()
     samples, out, oh, ow = g.shape
-    full = lanes(g)
+    full, zero = lanes(g), splat(g.dtype.type(0))
     row, total = np.zeros(out * full, g.dtype), np.zeros(out * full, g.dtype)
     for oy in range(oh):
         for ox in range(ow):
             for o in range(out):
-                v = load(row, o * full)
+                at, v = ((oy * ow + ox) * out + o) * samples, load(row, o * full)
                 for i in range(0, samples, full):
-                    v = v + load_part(g, ((oy * ow + ox) * out + o) * samples + i, samples - i)
+                    here = load_part(g, at + i, samples - i)
+                    if y.size:
+                        here = select(load_part(y, at + i, samples - i) > zero, here, zero)
+                        store_part(masked, at + i, here, samples - i)
+                    v = v + here
                 store(row, o * full, v)
         for i in range(0, row.size, full):  # short chains, as above
             store(total, i, load(total, i) + load(row, i))
-            store(row, i, splat(g.dtype.type(0)))
+            store(row, i, zero)
     for o in range(out):
         db[o] = reduce_add(load(total, o * full))

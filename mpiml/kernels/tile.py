@@ -132,35 +132,30 @@ def fetch_tile(typing, a, i, stride, size, vectors):
 
 
 @intrinsic(prefer_literal=True)
-def lanewise(typing, tile, a, i, a_row, b, j, b_row, b_block, count, width, blocks):
+def lanewise(typing, tile, a, i, a_row, b, j, b_row, count, columns):
     """``tile + a * b`` lane by lane: the step of a matrix of dot products, each of them over the lanes of a vector.
 
-    The rows of the tile belong to the vectors of ``a`` at positions i, i + a_row, ...; its columns to ``blocks`` times
-    ``width`` vectors of ``b``, at j, j + b_row, ... and from j + b_block, ...; ``count`` elements of each take part.
+    The rows of the tile belong to the vectors of ``a`` at positions i, i + a_row, ...; its ``columns`` to those of ``b`` at
+    j, j + b_row, ...; ``count`` elements of each take part, None for all.
     """
-    kind = tile.dtype
-
-    def vectors(context, builder, array, value, position, stride, n, part):
-        result = []
-        for _ in range(n):
-            result.append(emit_load(builder, kind, emit_pointer(context, builder, array, value, position, kind), part))
-            position = builder.add(position, stride)
-        return result
+    kind, width = tile.dtype, columns.literal_value
 
     def code(context, builder, signature, args):
-        acc = cgutils.unpack_tuple(builder, args[0])
-        part = None if count is types.none else args[8]
-        columns = width.literal_value * blocks.literal_value
-        left = vectors(context, builder, a, *args[1:4], len(acc) // columns, part)
-        right, position = [], args[5]
-        for _ in range(blocks.literal_value):
-            right += vectors(context, builder, b, args[4], position, args[6], width.literal_value, part)
-            position = builder.add(position, args[7])
-        return context.make_tuple(builder, tile, [
-            emit_call(builder, "fma", kind, x, y, acc[m * columns + k])
-            for m, x in enumerate(left) for k, y in enumerate(right)])
+        acc = list(cgutils.unpack_tuple(builder, args[0]))
+        part = None if count is types.none else args[7]
 
-    return tile(tile, a, types.intp, types.intp, b, types.intp, types.intp, types.intp, optional(count), width, blocks), code
+        def vectors(array, value, position, stride, n):
+            for _ in range(n):
+                yield emit_load(builder, kind, emit_pointer(context, builder, array, value, position, kind), part)
+                position = builder.add(position, stride)
+
+        left = list(vectors(a, *args[1:4], len(acc) // width))
+        for k, y in enumerate(vectors(b, *args[4:7], width)):  # one at a time: there is no register to spare
+            for m, x in enumerate(left):
+                acc[m * width + k] = emit_call(builder, "fma", kind, x, y, acc[m * width + k])
+        return context.make_tuple(builder, tile, acc)
+
+    return tile(tile, a, types.intp, types.intp, b, types.intp, types.intp, optional(count), columns), code
 
 
 @intrinsic

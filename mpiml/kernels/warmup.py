@@ -62,6 +62,7 @@ EXAMPLES = {
     "binary_vjp": lambda x: k.binary_vjp(1.0, x(3, 5), abs(x(3, 5))),
     "conv2d": lambda x: [k.conv2d(x(*IMAGES), x(*WEIGHT), winograd=winograd) for winograd in (False, True)],
     "conv2d_vjp_bias": lambda x: k.conv2d_vjp_bias(x(2, 4, 4, 4)),
+    "conv2d_vjp_relu": lambda x: k.conv2d_vjp_relu(x(2, 4, 4, 4), x(2, 4, 4, 4)),
     "conv2d_vjp_weight": lambda x: [k.conv2d_vjp_weight(x(2, 4, 4, 4), x(*IMAGES), WEIGHT, winograd=winograd)
                                     for winograd in (False, True)],
     "conv2d_vjp_x": lambda x: k.conv2d_vjp_x(x(2, 4, 4, 4), x(*WEIGHT), IMAGES),

@@ -34,10 +34,13 @@ def conv2d(x, weight, bias=None, stride=1, padding=0, dilation=1, groups=1, relu
 
     def vjp(g, into):
         into_x, into_weight, into_bias = into[:3]
-        g = g if positive is None else k.relu_vjp(g, positive)
+        dbias = None
+        if positive is not None:
+            g, dbias = k.conv2d_vjp_relu(g, positive)
+        elif into_bias is not None:
+            dbias = k.conv2d_vjp_bias(g)
         return (None if into_x is None else k.conv2d_vjp_x(g, weight, x.shape, *windows_of),
-                None if into_weight is None else k.conv2d_vjp_weight(g, x, weight.shape, *windows_of),
-                None if into_bias is None else k.conv2d_vjp_bias(g))
+                None if into_weight is None else k.conv2d_vjp_weight(g, x, weight.shape, *windows_of), dbias)
 
     return y, vjp
 
