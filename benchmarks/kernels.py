@@ -23,6 +23,7 @@ from limits import bandwidth, peak
 
 from mpiml import Tensor, ops
 from mpiml import kernels as k
+from mpiml.kernels import aligned
 
 ROUNDS = 11
 aten = torch.ops.aten
@@ -186,7 +187,7 @@ def classes():
 
         def both(x=x, labels=labels):
             loss, probabilities = k.label_loss(x, labels)
-            return np.float64(loss), k.label_loss_vjp(1.0, probabilities, labels)
+            return np.float64(loss), k.label_loss_vjp(1.0, probabilities, labels, out=probabilities)  # as in training
 
         yield Case("cross-entropy + vjp", f"{n}x{size}", both, {"": with_gradient(call, [tx], torch.tensor(1.0))},
                    bytes=2 * x.nbytes)
@@ -232,8 +233,7 @@ def elementwise():
 def optimizers():
     one = np.float32
     for size in 109_386, 1_000_000, 10_000_000:
-        w, g, m = normal(size), normal(size), np.zeros(size, np.float32)
-        v = np.zeros_like(m)
+        w, g = normal(size), normal(size)
 
         def fused(make, w=w, g=g):
             p = torch.tensor(w).requires_grad_()
@@ -241,12 +241,19 @@ def optimizers():
             optimizer = make([p], lr=1e-3, weight_decay=1e-2, fused=True)
             return lambda: (optimizer.step(), p.detach())[1]
 
-        momentum = w.copy(), g.copy(), m.copy()
+        def vectors(*values, size=size):
+            """As a model and its optimizer keep them."""
+            result = [aligned.empty(size, np.float32) for _ in values]
+            for vector, value in zip(result, values, strict=True):
+                vector[:] = value
+            return result
+
+        momentum = vectors(w, g, 0)
         yield Case("sgd, momentum", f"{size}", lambda a=momentum: (
             k.sgd(*a, one(1e-3), one(0.9), False, one(1e-2)), a[0])[1],
             {"fused": fused(functools.partial(torch.optim.SGD, momentum=0.9))}, bytes=6 * w.nbytes)
         # The gradient is 0 after a step; the weights' decay keeps the moments away from denormal numbers.
-        adam = w.copy(), g.copy(), m.copy(), v.copy()
+        adam = vectors(w, g, 0, 0)
         yield Case("adam", f"{size}", lambda a=adam: (
             k.adam(*a, *map(one, (1e-3, 0.9, 0.999, 0.1, 0.001, 0.1, 0.001, 1e-8, 1e-2, 0.0))), a[0])[1],
             {"fused": fused(torch.optim.Adam)}, bytes=8 * w.nbytes)

@@ -2,7 +2,12 @@
 
 A training step allocates arrays of megabytes and frees them again. The C library hands each of them back to the system
 at once, which then clears every page of the next one: a third of the time of a small convolutional network. What
-is freed stays with the process here, so the second step finds the pages of the first.
+is freed stays with the process here, so the second step finds the pages of the first: LeNet-5 with a batch of 1024 takes
+35 ms instead of 53.
+
+Two things that were measured and left alone: arrays above 32 MiB still go back to the system, for data sets read and freed
+again are of that kind; LeNet-5 with a batch of 2048, whose largest activations are, takes 4 % longer for it. And huge pages
+(madvise) make no step shorter.
 """
 
 import contextlib

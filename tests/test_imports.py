@@ -20,7 +20,7 @@ ALLOWED = {
     "tensor.py": ({"kernels"}, {"numpy"}),
     "ops": ({"kernels", "ops", "tensor"}, {"numpy"}),
     "describe.py": ({"nn", "ops"}, {"numpy"}),
-    "nn": ({"nn", "ops", "random", "tensor"}, {"numpy"}),
+    "nn": ({"kernels", "nn", "ops", "random", "tensor"}, {"numpy"}),
     "replay": ({"nn", "replay", "tensor"}, {"numpy"}),
     "lanes.py": ({"cores", "data", "kernels", "nn", "tensor"}, {"numpy"}),
     "optim.py": ({"kernels", "nn"}, {"numpy"}),

@@ -1,5 +1,7 @@
 """Elementwise kernels, softmax, cross-entropy and losses against PyTorch, in every memory layout, from Python and @njit."""
 
+import math
+
 import numba
 import numpy as np
 import pytest
@@ -7,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mpiml import kernels as k
+from mpiml.kernels import aligned
 
 t = pytest.importorskip("torch")
 F = t.nn.functional
@@ -86,6 +89,21 @@ def test_stated_errors(name, reference, ulps, low, high):
         assert np.max(np.abs(getattr(k, name)(x) - exact) / np.spacing(np.abs(exact).astype(dtype))) <= ulps
 
 
+def test_stated_errors_of_gelu():
+    """Relative ones, far into the tail; the reference is in float64 and, there, no better than it."""
+    x = np.concatenate([np.linspace(-12.9, 8, 200000), np.random.default_rng(0).normal(size=200000)])
+    for dtype, bound in (np.float32, lambda x: 7), (np.float64, lambda x: 8 + 2 * x * x):
+        x = x.astype(dtype)
+        below = np.array([math.erfc(-v / math.sqrt(2)) / 2 for v in x.tolist()])
+        wide = x.astype(float)
+        assert (np.abs(k.gelu(x) - wide * below) <= bound(x) * np.spacing(np.abs((wide * below).astype(dtype)))).all()
+        slope = below + wide * np.exp(-wide * wide / 2) / math.sqrt(2 * math.pi)
+        error = np.abs(k.gelu_vjp(np.ones_like(x), x) - slope)
+        assert error.max() <= 2 * np.finfo(dtype).eps
+        tail = x < -1.5  # the slope is 0 at -0.75
+        assert (error[tail] <= bound(x[tail]) * np.spacing(np.abs(slope[tail].astype(dtype)))).all()
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_limits(dtype):
     inf, nan, tiny = np.inf, np.nan, np.finfo(dtype).smallest_subnormal
@@ -100,6 +118,17 @@ def test_limits(dtype):
     np.testing.assert_allclose(k.log(small), np.log(small), rtol=1e-6)
     low = np.log(np.finfo(dtype).tiny) - 3  # gradual underflow
     np.testing.assert_allclose(k.exp(np.array([low], dtype)), np.exp(np.array([low], dtype)), rtol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(), (0,), (3, 0), (7, 5), (300, 101)])
+def test_large_results_begin_at_a_cache_line(shape, dtype):
+    x = aligned.array(shape, dtype)
+    assert (x.shape, x.dtype) == (shape, dtype) and x.flags.c_contiguous and x.flags.writeable
+    x[...] = 1
+    for y in x, aligned.zeros(x.size, dtype), k.relu(x):
+        assert y.nbytes < aligned.LARGE or y.ctypes.data % aligned.LINE == 0
+    assert (k.relu(x) == 1).all() and not aligned.zeros(x.size, dtype).any()
 
 
 def test_results_lie_in_memory_as_their_arguments():

@@ -6,10 +6,11 @@ by s it is, since the targets' sum is 1, L + (1 - s) (top - x[label]) + s / n su
 
 import numpy as np
 
+from . import aligned
 from .jit import kernel
 from .public import check_dtypes, output, public, refuse
-from .simd import borrowed, first_lanes, lanes, load, load_part, reduce_add, select, splat, store, store_part
-from .softmax import BLOCK, block_exponentials, block_rows, log_totals, row_scale
+from .simd import borrowed, first_lanes, flat, in_use, lanes, load, load_part, reduce_add, select, splat, store, store_part
+from .softmax import BLOCK, block_exponentials, block_rows, in_place, log_totals, pitch, row_times
 
 
 @kernel(reads="labels")
@@ -29,13 +30,15 @@ def _label_loss(x, labels, smoothing, ignore, p):
     whole = n - n % step
     tops, totals = np.ones(BLOCK, x.dtype), np.ones(BLOCK, x.dtype)
     block = block_rows(n)
+    scratch = aligned.empty(0 if in_place(n, x) else block * pitch(n, x), x.dtype)
     loss = 0.0
-    x, p = borrowed(x), borrowed(p)
+    x, p, e = borrowed(x), flat(p), flat(p) if in_place(n, x) else flat(scratch)
     for first in range(0, rows, block):
         m = min(block, rows - first)
-        block_exponentials(x, first * n, p, first * n, m, n, tops, totals)
+        to = first * n if in_place(n, x) else 0
+        block_exponentials(x, first * n, e, to, m, n, tops, totals)
         for i in range(m):
-            row_scale(p, (first + i) * n, n, x.dtype.type(labels[first + i] != ignore) / totals[i])
+            row_times(e, to + i * pitch(n, x), n, x.dtype.type(labels[first + i] != ignore) / totals[i], p, (first + i) * n)
         log_totals(totals)
         for i in range(m):
             label = labels[first + i]
@@ -52,25 +55,34 @@ def _label_loss(x, labels, smoothing, ignore, p):
                     last = top - load_part(x, at + whole, n - whole)
                     below = below + select(first_lanes(last, n - whole), last, splat(x.dtype.type(0)))
                 loss += smoothing / n * reduce_add(below)
+    in_use(scratch)
     return loss
 
 
 @kernel(exact=True, reads="p labels", writes="out")
 def _label_loss_vjp(g, p, labels, smoothing, ignore, out):
-    """out = g * (p - target), or 0 in rows to be ignored."""
+    """out = g * (p - target), or 0 in rows to be ignored.
+
+    First what is the same for all of them, over several rows at once without regard to where they end; in a second pass,
+    while these are in the cache, what differs.
+    """
     rows, n = p.shape
-    step = lanes(p)
-    whole = n - n % step
     t = p.dtype.type
-    spread = splat(t(smoothing / n))
-    for i in range(rows):
-        at = i * n
-        slope = splat(t(0) if labels[i] == ignore else t(g))
-        for j in range(at, at + whole, step):
-            store(out, j, slope * (load(p, j) - spread))
-        store_part(out, at + whole, slope * (load_part(p, at + whole, n - whole) - spread), n - whole)
-        if labels[i] != ignore:
-            out[i, labels[i]] -= t(g) * t(1 - smoothing)
+    slope, spread = splat(t(g)), splat(t(smoothing / n))
+    block = block_rows(n)
+    for first in range(0, rows, block):
+        last = min(first + block, rows)
+        stop = last * n
+        rest = (stop - first * n) % lanes(p)
+        for i in range(first * n, stop - rest, lanes(p)):
+            store(out, i, slope * (load(p, i) - spread))
+        store_part(out, stop - rest, slope * (load_part(p, stop - rest, rest) - spread), rest)
+        for i in range(first, last):
+            if labels[i] == ignore:
+                for c in range(n):
+                    out[i, c] = 0
+            else:
+                out[i, labels[i]] -= t(g) * t(1 - smoothing)
 
 
 @public
@@ -108,7 +120,7 @@ def label_loss(logits, labels, smoothing=0.0, ignore=-100):
                    "outputs or the labels fewer values", labels[bad], bad, classes, classes - 1)
         refuse("label {} at position {} in a problem of {} classes: labels run from 0 to {}",
                labels[bad], bad, classes, classes - 1)
-    probabilities = np.empty(logits.shape, logits.dtype)
+    probabilities = aligned.array(logits.shape, logits.dtype)
     if logits.size == 0:
         return 0.0, probabilities
     loss = _label_loss(np.ascontiguousarray(logits), labels, float(smoothing), ignore, probabilities)

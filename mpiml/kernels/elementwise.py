@@ -16,13 +16,11 @@ from . import aligned
 from .jit import kernel
 from .polynomial import exp as vector_exp
 from .polynomial import log as vector_log
-from .polynomial import normal, number, vector_function
+from .polynomial import normal_tail, number, vector_function
 from .polynomial import sigmoid as vector_sigmoid
 from .polynomial import tanh as vector_tanh
 from .public import check_dtypes, check_writable, public, refuse
-from .simd import lanes, load, load_part, select, store, store_part
-
-LARGE = 1 << 16  # bytes from which on it pays to let an array begin at a cache line
+from .simd import lanes, load_wide, select, store, store_part
 
 # --- Arrays in the order of their memory ----------------------------------------------------------------------
 
@@ -67,7 +65,7 @@ def _line_like(x, y):
 def result_like(x, out):
     """``out``, if it fits, or a new array whose elements lie in memory as those of ``x``."""
     if out is None:
-        return aligned.empty_like(x) if x.nbytes >= LARGE and line(x) is not None else np.empty_like(x)
+        return aligned.empty_like(x) if x.nbytes >= aligned.LARGE and line(x) is not None else np.empty_like(x)
     check_writable(out)
     if out.shape != x.shape or out.dtype != x.dtype:
         refuse("out has shape {} and dtype {}, the result {} and {}", out.shape, out.dtype, x.shape, x.dtype)
@@ -80,12 +78,13 @@ def map_one(function):
     """A kernel ``y = function(x)`` for flat arrays, of a function of a vector."""
     @kernel(exact=True, reads="x", writes="y")
     def run(x, y):
-        step = lanes(x)
-        whole = x.size - x.size % step
+        step = 2 * lanes(x)
+        left = x.size % step
+        whole = x.size - left
         for i in range(0, whole, step):
-            store(y, i, function(load(x, i)))
-        if whole < x.size:
-            store_part(y, whole, function(load_part(x, whole, x.size - whole)), x.size - whole)
+            store(y, i, function(load_wide(x, i, None, 2)))
+        if left:
+            store_part(y, whole, function(load_wide(x, whole, left, 2)), left)
 
     return run
 
@@ -94,13 +93,13 @@ def map_two(function):
     """A kernel ``y = function(g, x)`` for flat arrays, of a function of two vectors."""
     @kernel(exact=True, reads="g x", writes="y")
     def run(g, x, y):
-        step = lanes(x)
-        whole = x.size - x.size % step
+        step = 2 * lanes(x)
+        left = x.size % step
+        whole = x.size - left
         for i in range(0, whole, step):
-            store(y, i, function(load(g, i), load(x, i)))
-        if whole < x.size:
-            left = x.size - whole
-            store_part(y, whole, function(load_part(g, whole, left), load_part(x, whole, left)), left)
+            store(y, i, function(load_wide(g, i, None, 2), load_wide(x, i, None, 2)))
+        if left:
+            store_part(y, whole, function(load_wide(g, whole, left, 2), load_wide(x, whole, left, 2)), left)
 
     return run
 
@@ -175,13 +174,15 @@ def _silu_slope(g, x):
 
 @vector_function
 def _gelu(x):
-    return x * normal(x)[0]
+    a, above, _ = normal_tail(x)
+    return _positive(x) - a * above  # x (1 - above) where x > 0, else x above
 
 
 @vector_function
 def _gelu_slope(g, x):
-    below, density = normal(x)
-    return g * (below + x * density)
+    a, above, e = normal_tail(x)
+    negative = above - a * e * number(x, "1 / sqrt(2 pi)")  # cdf(x) + x density(x) at x = -a; together with that at a it is 1
+    return g * select(x > number(x, "0"), number(x, "1") - negative, negative)
 
 
 # tanh(u) = 2 sigmoid(2 u) - 1, which makes the tanh form x * sigmoid(a x (1 + 0.044715 x**2)), a = 2 sqrt(2 / pi).

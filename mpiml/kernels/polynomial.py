@@ -1,7 +1,7 @@
 """exp, log, tanh and the normal distribution of a vector: polynomials, and what brings their arguments into range.
 
 Each function is inlined into the kernel that calls it; it has no branches, so all lanes take the same steps. The
-polynomials are minimax (Remez' algorithm) for the function's relative error. Errors below are the largest seen against
+polynomials and quotients are minimax (Remez' algorithm) for the relative error. Errors below are the largest seen against
 50 digits, in units in the last place (ulp), over the range where the result is a normal number.
 
 ============  =======  =======  =============================================================================
@@ -10,8 +10,8 @@ function      float32  float64  method
 exp           1.0      1.0      2**n * exp(r), r at most log(2) / 2 from 0 (Cody and Waite 1980)
 log           1.0      1.0      n * log(2) + log(m), m near 1: log((1 + s) / (1 - s)), in the sum of fdlibm
 tanh          3.2      3.1      e / (e + 2) with e = exp(2 x) - 1, free of cancellation
-sigmoid       2.5      2.5      1 / (1 + exp(-x))
-normal        4.9      3.1      density times a polynomial in (a - c) / (a + c), after Shepherd and Laframboise 1981
+sigmoid       2.5      2.5      1 / (1 + e) or, where x < 0, e / (1 + e), with e = exp(-abs(x)) that cannot overflow
+normal_tail   5.5      6.1      exp(-a**2 / 2) p(a) / q(a), as Cody 1969 has erfc; gelu: 6.5 and 6.9
 ============  =======  =======  =============================================================================
 """
 
@@ -35,8 +35,7 @@ _NUMBERS = {
     "its exponent": {32: 32.0, 64: 64.0},  # which is 2 to this power
     "half of sqrt 2": {32: 0.5**0.5, 64: 0.5**0.5},
     "tanh is 1": {32: 10.0, 64: 20.0},  # to the last bit, from here on
-    "tail is 0": {32: 14.5, 64: 39.0},  # standard deviations from here on
-    "tail's c": {32: 3.5, 64: 5.0},  # of (a - c) / (a + c), which maps 0 .. infinity to -1 .. 1
+    "tail is 0": {32: 13.2687, 64: 37.6587},  # standard deviations from here on: there n is the least that leaves e at 0
     "1 / sqrt(2 pi)": {32: 0.3989422804014327, 64: 0.3989422804014327},
     "infinity": {32: float("inf"), 64: float("inf")},
     "-infinity": {32: -float("inf"), 64: -float("inf")},
@@ -54,15 +53,22 @@ _POLYNOMIALS = {
         64: [0.14618234058700638, 0.15331574013965243, 0.18182893681332452, 0.2222221107032254, 0.2857142862638524,
              0.3999999999989856, 0.666666666666667],
     },
-    "tail": {  # (a + c) * (1 - cdf(a)) / exp(-a**2 / 2), in (a - c) / (a + c)
-        32: [0.000110690715, 0.000421895444, -0.000494949951, -0.00317530981, 0.00649312045, 0.0174063783, -0.116053042,
-             0.315425049, -0.565561745, 0.744416074],
-        64: [2.013728360321714e-09, 7.181595692697816e-09, -1.021046471804306e-08, -6.531864735706518e-08,
-             4.36120182402846e-08, 4.326848170193553e-07, -3.3774311986468166e-07, -2.769053964970977e-06,
-             3.981491365878235e-06, 1.6681144244680157e-05, -4.976301032246684e-05, -5.937571110313823e-05,
-             0.0005448991058939885, -0.0007978694015138883, -0.002993376775699936, 0.02079506680024617,
-             -0.06911863870595168, 0.16502036617036134, -0.31353315667131576, 0.495305615969977, -0.6653825028900566,
-             0.769193049750063],
+    "exp(-x / 2)": {
+        32: [-0.000259303172, 0.00261972728, -0.0208344675, 0.124997222, -0.49999981, 1.0],
+        64: [-1.2204238468986442e-11, 2.6984734858472415e-10, -5.3823482428722012e-9, 9.688080593356527e-8,
+             -1.550099174347701e-6, 2.1701388986581518e-5, -0.00026041666667375144, 0.0026041666666557541,
+             -0.020833333333332708, 0.12500000000000044, -0.50000000000000002, 1.0],
+    },
+    "tail above": {  # p and q of p(a) / q(a) = (1 - cdf(a)) / exp(-a**2 / 2)
+        32: [0.00401766471, 0.0399670468, 0.181255752, 0.435617099, 0.500000038],
+        64: [1.3704467721869708e-6, 3.6911218460102963e-5, 0.00048663808775276542, 0.0040631598306853515,
+             0.02349920553205416, 0.097295778778616064, 0.28843295096032752, 0.59278595438536766, 0.77400350385247697,
+             0.49999999999999997],
+    },
+    "tail below": {
+        32: [0.0100706474, 0.10018993, 0.464245684, 1.19427168, 1.66911905, 1.0],
+        64: [3.4352006280523556e-6, 9.2522703840795917e-5, 0.001223255991120061, 0.01027735400769022, 0.060116723861149259,
+             0.25388412362641194, 0.7794929289319205, 1.7103298356016264, 2.5573225726010363, 2.3458915685078099, 1.0],
     },
 }
 
@@ -176,19 +182,24 @@ def tanh(x):
 
 @vector_function
 def sigmoid(x):
-    """1 / (1 + exp(-x))."""
-    return number(x, "1") / (number(x, "1") + exp(number(x, "0") - x))
+    """1 / (1 + exp(-x)); 0 where that is below the normal numbers."""
+    e = exp_of_negative(number(x, "0") - fabs(x))
+    return select(x > number(x, "0"), number(x, "1"), e) / (number(x, "1") + e)
 
 
 @vector_function
-def normal(x):
-    """The standard normal distribution: the probability of a value below x, and its density at x."""
+def normal_tail(x):
+    """The size a of x, at most where the others are 0; the probability of a normal value above a; exp(-a**2 / 2).
+
+    All coefficients of p and q are positive, so no digits cancel; a**2 is taken with the rest of its rounding, which counts
+    a hundred times in the tail. Multiply-adds are what takes the time here, 21 of them, so none goes to (a - c) / (a + c).
+    """
     a = minimum(number(x, "tail is 0"), fabs(x))
-    c = number(x, "tail's c")
     square = a * a
-    rest = fma(a, a, number(x, "0") - square)  # what the rounding of a * a lost, exactly
-    e = exp_of_negative(square * number(x, "-0.5"))
-    e = fma(e, rest * number(x, "-0.5"), e)  # the rounding of a * a counts a hundred times in the tail
-    r = number(x, "1") / (a + c)
-    tail = e * polynomial((a - c) * r, "tail") * r
-    return select(x > number(x, "0"), number(x, "1") - tail, tail), e * number(x, "1 / sqrt(2 pi)")
+    rest = fma(a, a, number(x, "0") - square)
+    biased = fma(square, number(x, "-0.5") * number(x, "1 / ln2"), number(x, "large"))  # as in exp_of_negative
+    n = biased - number(x, "large")
+    rest = fma(n, number(x, "2") * number(x, "rest of ln2"), rest)
+    r = fma(n, number(x, "2") * number(x, "ln2"), square) + rest
+    e = polynomial(r, "exp(-x / 2)") * _last_bits_as_exponent(biased)
+    return a, e * polynomial(a, "tail above") / polynomial(a, "tail below"), e

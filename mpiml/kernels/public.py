@@ -9,6 +9,8 @@ import numba
 import numpy as np
 from numba.extending import overload, register_jitable
 
+from . import aligned
+
 _FLOATS = np.dtype(np.float32), np.dtype(np.float64)
 
 
@@ -79,7 +81,7 @@ def _check_writable(*arrays):
 def output(out, shape, dtype):
     """``out`` if it has this shape and dtype and may be written; a new array if it is None."""
     if out is None:
-        return np.empty(shape, dtype)
+        return aligned.array(shape, dtype)
     check_writable(out)
     if out.shape != shape or out.dtype != dtype:
         refuse("out has shape {} and dtype {}, the result {} and {}", out.shape, out.dtype, shape, dtype)
@@ -90,7 +92,7 @@ def output(out, shape, dtype):
 def contiguous_output(out, shape, dtype):
     """As :func:`output`, for kernels that write one row behind the other."""
     if out is None:
-        return np.empty(shape, dtype)
+        return aligned.array(shape, dtype)
     y = output(out, shape, dtype)
     if not y.flags.c_contiguous:
         refuse("the result is written to a C-contiguous out, not to one of shape {} with strides {}", y.shape, y.strides)

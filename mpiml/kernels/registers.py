@@ -37,11 +37,11 @@ REGISTER = _register_bytes()
 
 
 class Vector(types.Type):
-    """Numba's type for a register of floats."""
+    """Numba's type for a register of floats, or for several of them as one."""
 
-    def __init__(self, dtype):
+    def __init__(self, dtype, registers=1):
         self.dtype = dtype
-        self.lanes = REGISTER * 8 // dtype.bitwidth
+        self.lanes = registers * REGISTER * 8 // dtype.bitwidth
         super().__init__(f"Vector({dtype}, {self.lanes})")
 
 

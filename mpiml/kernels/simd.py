@@ -37,6 +37,7 @@ from .registers import (
     emit_store,
     float_fields,
     llvm_vector,
+    optional,
 )
 
 
@@ -89,6 +90,21 @@ def load_part(typing, a, i, count):
     return kind(a, types.intp, types.intp), code
 
 
+@intrinsic(prefer_literal=True)
+def load_wide(typing, a, i, count, registers):
+    """So many vectors side by side at position ``i`` of ``a``, as one; of its elements the first ``count``, None for all.
+
+    What is computed with it is as many streams of instructions, none of which waits for another.
+    """
+    kind = Vector(a.dtype, registers.literal_value)
+
+    def code(context, builder, signature, args):
+        address = emit_pointer(context, builder, a, *args[:2], kind)
+        return emit_load(builder, kind, address, None if count is types.none else args[2])
+
+    return kind(a, types.intp, optional(count), registers), code
+
+
 @intrinsic
 def store(typing, a, i, v):
     """Write the vector ``v`` to position ``i`` of ``a``."""
@@ -101,12 +117,13 @@ def store(typing, a, i, v):
 
 @intrinsic
 def store_part(typing, a, i, v, count):
-    """Write the first ``count`` lanes of ``v`` to position ``i`` of ``a``."""
+    """Write the first ``count`` lanes of ``v``, None for all, to position ``i`` of ``a``."""
     def code(context, builder, signature, args):
-        emit_store(builder, v, args[2], emit_pointer(context, builder, a, *args[:2], v), args[3])
+        lanes_used = None if count is types.none else args[3]
+        emit_store(builder, v, args[2], emit_pointer(context, builder, a, *args[:2], v), lanes_used)
         return context.get_dummy_value()
 
-    return types.none(a, types.intp, v, types.intp), code
+    return types.none(a, types.intp, v, optional(count)), code
 
 
 @intrinsic
@@ -136,26 +153,32 @@ def out_of_line(typing):
 
 @intrinsic
 def store_whole(typing, a, i, v, count):
-    """Write the first ``count`` lanes of ``v``, whole numbers, to position ``i`` of the int32 array ``a``."""
+    """Write the first ``count`` lanes of ``v``, None for all: whole numbers, to position ``i`` of the int32 array ``a``."""
     def code(context, builder, signature, args):
         integers = builder.fptosi(args[2], ir.VectorType(INT, v.lanes))
         address = builder.bitcast(emit_pointer(context, builder, a, *args[:2]), integers.type.as_pointer())
-        emit_masked_store(builder, integers, "i32", address, emit_first(builder, v, args[3]), 4)
+        if count is types.none:
+            builder.store(integers, address, align=4)
+        else:
+            emit_masked_store(builder, integers, "i32", address, emit_first(builder, v, args[3]), 4)
         return context.get_dummy_value()
 
-    return types.none(a, types.intp, v, types.intp), code
+    return types.none(a, types.intp, v, optional(count)), code
 
 
 @intrinsic
 def load_whole(typing, a, i, like, count):
-    """The first ``count`` elements at position ``i`` of the int32 array ``a``, as floats in a vector as ``like`` is one."""
+    """As floats in a vector like ``like``: the first ``count`` elements, None for all, at position ``i`` of the int32 ``a``."""
     def code(context, builder, signature, args):
         integers = ir.VectorType(INT, like.lanes)
         address = builder.bitcast(emit_pointer(context, builder, a, *args[:2]), integers.as_pointer())
-        loaded = emit_masked_load(builder, integers, "i32", address, emit_first(builder, like, args[3]), 4)
+        if count is types.none:
+            loaded = builder.load(address, align=4)
+        else:
+            loaded = emit_masked_load(builder, integers, "i32", address, emit_first(builder, like, args[3]), 4)
         return builder.sitofp(loaded, llvm_vector(like))
 
-    return like(a, types.intp, like, types.intp), code
+    return like(a, types.intp, like, optional(count)), code
 
 
 @intrinsic
@@ -194,6 +217,12 @@ def borrowed(typing, a):
 
 
 @intrinsic
+def in_use(typing, a):
+    """Keep the array ``a`` until here: what is :func:`borrowed` of it, or :func:`flat`, does not."""
+    return types.none(a), lambda context, builder, signature, args: context.get_dummy_value()
+
+
+@intrinsic
 def splat(typing, x):
     """The vector with the float32 or float64 ``x`` in all lanes."""
     kind = Vector(x)
@@ -202,6 +231,13 @@ def splat(typing, x):
         return emit_splat(builder, kind, args[0])
 
     return kind(x), code
+
+
+@intrinsic
+def filled(typing, like, x):
+    """A vector as ``like`` is one, with ``x`` in all lanes."""
+    if isinstance(like, Vector):
+        return like(like, like.dtype), lambda context, builder, signature, args: emit_splat(builder, like, args[1])
 
 
 def _lanewise(name, arguments, build, result=lambda v: v):

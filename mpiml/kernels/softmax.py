@@ -6,13 +6,16 @@ nothing overflows. A row is read in vectors, the last of them masked; its sum de
 
 import numpy as np
 
+from . import aligned
 from .jit import kernel
 from .polynomial import exp_of_negative, log, vector_function
 from .public import check_dtypes, matrix, output, public, refuse
 from .simd import (
     borrowed,
     first_lanes,
+    flat,
     fma,
+    in_use,
     lanes,
     load,
     load_part,
@@ -73,14 +76,20 @@ def row_exponentials(x, i, n, top, y, k):
 
 
 @vector_function
+def row_times(x, i, n, factor, y, k):
+    """Write the row times a number to ``y`` from position k."""
+    step = lanes(x)
+    whole = n - n % step
+    for j in range(0, whole, step):
+        store(y, k + j, load(x, i + j) * splat(factor))
+    if whole < n:
+        store_part(y, k + whole, load_part(x, i + whole, n - whole) * splat(factor), n - whole)
+
+
+@vector_function
 def row_scale(y, i, n, scale):
     """Multiply by a number."""
-    step = lanes(y)
-    whole = n - n % step
-    for j in range(i, i + whole, step):
-        store(y, j, load(y, j) * splat(scale))
-    if whole < n:
-        store_part(y, i + whole, load_part(y, i + whole, n - whole) * splat(scale), n - whole)
+    row_times(y, i, n, scale, y, i)
 
 
 # One row takes its time: a maximum, then the sum of exponentials that depend on it, then a division. So this is done for
@@ -88,20 +97,36 @@ def row_scale(y, i, n, scale):
 BLOCK = 16
 
 
+@vector_function
+def pitch(n, x):
+    """How far apart the rows of a block lie: whole vectors of the dtype of ``x``."""
+    return -(-n // lanes(x)) * lanes(x)
+
+
 @kernel(exact=True)
 def block_exponentials(x, at, y, to, rows, n, tops, totals):
-    """Write exp(x - top) of the rows from position ``at`` to ``y`` from position ``to``; the rows' tops and the sums."""
+    """Write exp(x - top) of rows from position ``at`` to ``y`` from ``to``, a :func:`pitch` apart; the rows' tops and sums."""
     x, y = borrowed(x), borrowed(y)
     for i in range(rows):
         tops[i] = row_top(x, at + i * n, n)
     for i in range(rows):
-        totals[i] = row_exponentials(x, at + i * n, n, tops[i], y, to + i * n)
+        totals[i] = row_exponentials(x, at + i * n, n, tops[i], y, to + i * pitch(n, x))
 
 
 @vector_function
 def block_rows(n):
     """How many rows of n are done at once: what two passes over them need stays in the first cache, 8 KiB of float32."""
     return max(1, min(BLOCK, 2048 // n))
+
+
+@vector_function
+def in_place(n, x):
+    """Whether exponentials are written where the result will be: where rows are whole vectors, or too long for a block.
+
+    The stores then wait for memory while the next exponentials are computed. Other rows cross cache lines, and are put
+    together in the first cache: 30 us instead of 36 for 1024 rows of 65.
+    """
+    return n % lanes(x) == 0 or block_rows(n) == 1
 
 
 @vector_function
@@ -118,12 +143,15 @@ def _softmax(x, y):
     rows, n = x.shape
     tops, totals = np.ones(BLOCK, x.dtype), np.ones(BLOCK, x.dtype)
     block = block_rows(n)
-    x, y = borrowed(x), borrowed(y)
+    scratch = aligned.empty(0 if in_place(n, x) else block * pitch(n, x), x.dtype)
+    x, y, e = borrowed(x), flat(y), flat(y) if in_place(n, x) else flat(scratch)
     for first in range(0, rows, block):
         m = min(block, rows - first)
-        block_exponentials(x, first * n, y, first * n, m, n, tops, totals)
+        to = first * n if in_place(n, x) else 0
+        block_exponentials(x, first * n, e, to, m, n, tops, totals)
         for i in range(m):
-            row_scale(y, (first + i) * n, n, x.dtype.type(1) / totals[i])
+            row_times(e, to + i * pitch(n, x), n, x.dtype.type(1) / totals[i], y, (first + i) * n)
+    in_use(scratch)
 
 
 @kernel(exact=True, reads="x", writes="y")
@@ -133,9 +161,10 @@ def _log_softmax(x, y):
     whole = n - n % step
     tops, totals = np.ones(BLOCK, x.dtype), np.ones(BLOCK, x.dtype)
     block = block_rows(n)
+    scratch = np.empty(block * pitch(n, x), x.dtype)
     for first in range(0, rows, block):
         m = min(block, rows - first)
-        block_exponentials(x, first * n, y, first * n, m, n, tops, totals)
+        block_exponentials(x, first * n, scratch, 0, m, n, tops, totals)
         log_totals(totals)
         for i in range(m):
             at = (first + i) * n
@@ -238,7 +267,7 @@ def _log_sum_exp(x, y):
     rows, n = x.shape
     tops, totals = np.ones(BLOCK, x.dtype), np.ones(BLOCK, x.dtype)
     block = block_rows(n)
-    scratch = np.empty(block * n, x.dtype)
+    scratch = np.empty(block * pitch(n, x), x.dtype)
     for first in range(0, rows, block):
         m = min(block, rows - first)
         block_exponentials(x, first * n, scratch, 0, m, n, tops, totals)

@@ -35,15 +35,6 @@ def _standardize(x):
         k.standardize_vjp(x(2, 4, 9), x(2, 4, 9), *statistics, samples, 1e-5, x(4), x(4))
 
 
-def _sgd(x):
-    for velocity in x(0), x(9):
-        k.sgd(x(9), x(9), velocity, *_scalars(x, 0.1, 0.9), False, *_scalars(x, 0.01))
-
-
-def _scalars(x, *values):
-    return [x(1).dtype.type(value) for value in values]
-
-
 def _by_parameter(update, x, *moments):
     """LARS and LAMB: two parameters, of which one is adapted."""
     return lambda *options: update(x(9), x(9), *moments, np.array([0, 4, 9]), np.array([True, False]), *options)
@@ -52,7 +43,7 @@ def _by_parameter(update, x, *moments):
 # name: a call of that kernel, given a function that makes arrays of the dtype to compile for: x(*shape)
 EXAMPLES = {
     "absolute": lambda x: k.absolute(x(3, 5), x(3, 5)),
-    "adam": lambda x: k.adam(x(9), x(9), x(9), x(9) ** 2, *_scalars(x, 1e-3, 0.9, 0.999, 0.1, 0.001, 0.1, 0.001, 1e-8, 0, 0)),
+    "adam": lambda x: k.adam(x(9), x(9), x(9), x(9) ** 2, 1e-3, 0.9, 0.999, 0.1, 0.001, 0.1, 0.001, 1e-8),
     "add_relu": lambda x: k.add_relu(x(3, 5), x(3, 5)),
     "attention": lambda x: k.attention(x(2, 3, 4), x(2, 5, 4), x(2, 5, 4)),
     "attention_vjp": lambda x: k.attention_vjp(x(2, 3, 4), x(2, 3, 4), x(2, 5, 4), x(2, 5, 4), x(2, 3, 4), x(2, 3)),
@@ -100,8 +91,8 @@ EXAMPLES = {
     "norm": lambda x: k.norm(x(9)),
     "relu": lambda x: k.relu(x(3, 5)),
     "relu_vjp": lambda x: k.relu_vjp(x(3, 5), x(3, 5)),
-    "scale": lambda x: k.scale(x(9), *_scalars(x, 0.5)),
-    "sgd": _sgd,
+    "scale": lambda x: k.scale(x(9), 0.5),
+    "sgd": lambda x: k.sgd(x(9), x(9), x(9), 0.1, 0.9, False, 0.01),
     "sigmoid": lambda x: k.sigmoid(x(3, 5)),
     "sigmoid_vjp": lambda x: k.sigmoid_vjp(x(3, 5), x(3, 5)),
     "silu": lambda x: k.silu(x(3, 5)),

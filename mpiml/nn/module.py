@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from mpiml.kernels import aligned
 from mpiml.random import generator
 from mpiml.tensor import FLOATS, Tensor
 
@@ -144,12 +145,12 @@ class Module:
         self.segments = np.cumsum([0, *learnt], dtype=np.int64)
         self.learnt = sum(learnt)
         size = sum(p.size for p in self._layout.values())
-        self.vector = np.empty(size, dtype)
+        self.vector = aligned.empty(size, dtype)
         for name, value in self.views(self.vector).items():
             parameter = self._layout[name]
             parameter.value = value
             parameter.value[...] = parameter.fill(generator(seed, name), parameter.shape)
-        self.accumulate_in(np.zeros(size + 2, dtype))
+        self.accumulate_in(aligned.zeros(size + 2, dtype))
         for name, module in self.named(Module).items():
             module.place = seed, name
         return self
