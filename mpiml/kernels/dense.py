@@ -186,7 +186,8 @@ def linear_vjp(g, x, weight, y=None, dx=None, dweight=None, dbias=None, add=Fals
                        np.empty((0, 0), g.dtype) if dweight is None else dweight,
                        np.empty(0, g.dtype) if dbias is None else dbias, add):
         refuse("linear_vjp got a gradient of shape {}, an input of shape {} and a weight of shape {}, or a y, dx, dweight "
-               "or dbias of another shape, or a dweight neither C- nor Fortran-contiguous, or a dbias with gaps", g.shape, x.shape, weight.shape)
+               "or dbias of another shape, or a dweight neither C- nor Fortran-contiguous, or a dbias with gaps",
+               g.shape, x.shape, weight.shape)
 
 
 @public
