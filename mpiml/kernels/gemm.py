@@ -34,8 +34,8 @@ import numpy as np
 from .jit import inlined, kernel
 from .polynomial import vector_function
 from .registers import REGISTER
-from .simd import at, flat, lanes, load_part, out_of_line, splat, store
-from .tile import at_least, fetch_tile, load_row, load_tile, outer, store_tile, turn, zero_tile
+from .simd import at, flat, lanes, out_of_line, splat
+from .tile import at_least, fetch_tile, load_row, load_tile, outer, store_tile, turn_part, zero_tile
 
 # The registers of AVX-512 and NEON (32) and of AVX2 (16) hold these tiles and one row and column besides.
 ROWS, VECTORS = {64: (8, 2), 32: (6, 2), 16: (6, 4)}[REGISTER]
@@ -44,7 +44,7 @@ BLOCK = 16 * ROWS  # rows of the result that are done with before the next
 # 512 KiB in float32 (half of a second cache of 1 MiB), as does a b that is read where it lies.
 INNER = 256  # rows of a packed block of b
 OUTER = 512  # its columns
-DIRECT = 1 << 19  # bytes of b up to which it is read where it lies
+DIRECT = 1 << 19  # bytes of b up to which it is read where it lies, as it is if one block of rows is all there is
 
 
 def make_tiles(size, vectors, masked):
@@ -56,7 +56,8 @@ def make_tiles(size, vectors, masked):
     registers = size * vectors
 
     @vector_function
-    def tiles(a, ai, a_row, a_step, b, bi, b_step, start, si, s_row, c, ci, c_row, rows, inner, columns, started, relu):
+    def tiles(a, ai, a_row, a_step, b, bi, b_step, start, si, s_row, c, ci, c_row, rows, inner, less, columns, started,
+              relu):
         count = columns if masked else None
         for _ in range(rows // size):
             fetch_tile(c, ci + size * c_row, c_row, registers, vectors)  # the next one: 5 to 10 % where c is not in cache
@@ -69,6 +70,7 @@ def make_tiles(size, vectors, masked):
             if relu:
                 acc = at_least(acc, splat(c.dtype.type(0)))
             store_tile(acc, c, ci, c_row, count, vectors)
+            inner -= less
             ai += size * a_row
             si += size * s_row
             ci += size * c_row
@@ -83,48 +85,63 @@ _four, _two, _one = (make_tiles(size, VECTORS, True) for size in (4, 2, 1))
 
 
 @kernel(exact=True, reads="a b start", writes="c")
-def _column_of_tiles(a, ai, a_row, a_step, b, bi, b_step, start, si, s_row, c, ci, c_row, rows, inner, columns, started, relu):
-    """Whole tiles as long as there are rows, then one of 4, of 2 and of 1: a tile's size is fixed when it is compiled."""
+def _column_of_tiles(a, ai, a_row, a_step, b, bi, b_step, start, si, s_row, c, ci, c_row, rows, inner, less, columns, started,
+                     relu):
+    """Whole tiles as long as there are rows, then one of 4, of 2 and of 1: a tile's size is fixed when it is compiled.
+
+    The inner dimension of each whole tile is ``less`` shorter than that of the one above it.
+    """
     out_of_line()
     if rows >= ROWS:
         whole = rows // ROWS * ROWS
         if columns == VECTORS * lanes(c):
-            _full(a, ai, a_row, a_step, b, bi, b_step, start, si, s_row, c, ci, c_row, whole, inner, columns, started, relu)
+            _full(a, ai, a_row, a_step, b, bi, b_step, start, si, s_row, c, ci, c_row, whole, inner, less, columns, started,
+                  relu)
         elif columns <= lanes(c):
-            _narrow(a, ai, a_row, a_step, b, bi, b_step, start, si, s_row, c, ci, c_row, whole, inner, columns, started, relu)
+            _narrow(a, ai, a_row, a_step, b, bi, b_step, start, si, s_row, c, ci, c_row, whole, inner, less, columns, started,
+                    relu)
         else:
-            _edge(a, ai, a_row, a_step, b, bi, b_step, start, si, s_row, c, ci, c_row, whole, inner, columns, started, relu)
+            _edge(a, ai, a_row, a_step, b, bi, b_step, start, si, s_row, c, ci, c_row, whole, inner, less, columns, started,
+                  relu)
         ai += whole * a_row
         si += whole * s_row
         ci += whole * c_row
         rows -= whole
+        inner -= whole // ROWS * less
     if rows >= 4:
-        _four(a, ai, a_row, a_step, b, bi, b_step, start, si, s_row, c, ci, c_row, 4, inner, columns, started, relu)
+        _four(a, ai, a_row, a_step, b, bi, b_step, start, si, s_row, c, ci, c_row, 4, inner, 0, columns, started, relu)
         ai += 4 * a_row
         si += 4 * s_row
         ci += 4 * c_row
         rows -= 4
     if rows >= 2:
-        _two(a, ai, a_row, a_step, b, bi, b_step, start, si, s_row, c, ci, c_row, 2, inner, columns, started, relu)
+        _two(a, ai, a_row, a_step, b, bi, b_step, start, si, s_row, c, ci, c_row, 2, inner, 0, columns, started, relu)
         ai += 2 * a_row
         si += 2 * s_row
         ci += 2 * c_row
         rows -= 2
     if rows:
-        _one(a, ai, a_row, a_step, b, bi, b_step, start, si, s_row, c, ci, c_row, 1, inner, columns, started, relu)
+        _one(a, ai, a_row, a_step, b, bi, b_step, start, si, s_row, c, ci, c_row, 1, inner, 0, columns, started, relu)
 
 
 @inlined
-def column_of_tiles(a, ai, a_row, a_step, b, bi, b_step, c, ci, c_row, rows, inner, columns, add):
-    """``rows`` x ``columns`` elements of ``c``, at most one tile wide; arguments are flat positions and strides."""
+def column_of_tiles(a, ai, a_row, a_step, b, bi, b_step, c, ci, c_row, rows, inner, columns, add, less=0):
+    """``rows`` x ``columns`` elements of ``c``, at most one tile wide; arguments are flat positions and strides.
+
+    Of a triangle each tile of ROWS rows is given an inner dimension ``less`` shorter than that of the one above it.
+    """
     _column_of_tiles(flat(a), ai, a_row, a_step, flat(b), bi, b_step, flat(c), ci, c_row, flat(c), ci, c_row, rows, inner,
-                     columns, add, False)
+                     less, columns, add, False)
 
 
-@kernel(exact=True)
-def _turn(a, i, a_row, b, j, b_row):
-    out_of_line()  # some hundred instructions, here once
-    turn(a, i, a_row, b, j, b_row)
+@kernel(exact=True, reads="a")
+def transpose(a, ai, a_row, rows, columns, c, ci, c_row):
+    """Copy ``rows`` x ``columns`` elements of ``a``, each row contiguous, to as many columns of ``c``."""
+    out_of_line()
+    square = lanes(a)
+    for i in range(0, rows, square):
+        for j in range(0, columns, square):
+            turn_part(a, ai + i * a_row + j, a_row, c, ci + j * c_row + i, c_row, rows - i, columns - j)
 
 
 @kernel(exact=True, reads="b")
@@ -132,29 +149,20 @@ def pack_at(b, bi, b_step, b_column, inner, columns, panel, at_panel):
     """Copy ``inner`` x ``columns`` elements of ``b`` to panels of one tile's width, in which a row follows a row."""
     out_of_line()
     width = VECTORS * lanes(b)
-    square = lanes(b)
     for j in range(0, columns, width):
-        to = at_panel + j * inner
-        n = min(width, columns - j)
-        k = 0
-        if b_column != 1 and b_step == 1:  # b is the transpose of an array: squares of it turned round in registers
-            while k + square <= inner:
-                for jj in range(0, n, square):
-                    if jj + square <= n:
-                        _turn(b, bi + k + (j + jj) * b_column, b_column, panel, to + k * width + jj, width)
-                    else:
-                        for kk in range(k, k + square):
-                            for m in range(jj, n):
-                                panel[to + kk * width + m] = at(b, bi + kk + (j + m) * b_column)
-                k += square
-        while k < inner:
-            if b_column == 1:
-                for m in range(0, n, square):
-                    store(panel, to + k * width + m, load_part(b, bi + k * b_step + j + m, n - m))
-            else:
+        here, to, n = bi + j * b_column, at_panel + j * inner, min(width, columns - j)
+        if b_column == 1:
+            for k in range(inner):
+                if n == width:
+                    store_tile(load_row(b, here + k * b_step, None, VECTORS), panel, to + k * width, width, None, VECTORS)
+                else:
+                    store_tile(load_row(b, here + k * b_step, n, VECTORS), panel, to + k * width, width, n, VECTORS)
+        elif b_step == 1:
+            transpose(b, here, b_column, n, inner, panel, to, width)
+        else:
+            for k in range(inner):
                 for m in range(n):
-                    panel[to + k * width + m] = at(b, bi + k * b_step + (j + m) * b_column)
-            k += 1
+                    panel[to + k * width + m] = at(b, here + k * b_step + m * b_column)
 
 
 @inlined
@@ -187,11 +195,12 @@ def _packed_product(a, ai, a_row, a_step, panels, start, si, s_row, c, ci, c_row
                 here = ci + i * c_row + j
                 if k:
                     _column_of_tiles(a, ai + i * a_row + k * a_step, a_row, a_step, panels, panel + j * depth, width,
-                                     c, here, c_row, c, here, c_row, m, depth, min(width, columns - j), True, relu and last)
+                                     c, here, c_row, c, here, c_row, m, depth, 0, min(width, columns - j), True,
+                                     relu and last)
                 else:
                     _column_of_tiles(a, ai + i * a_row, a_row, a_step, panels, panel + j * depth, width, start,
-                                     si + i * s_row + j, s_row, c, here, c_row, m, depth, min(width, columns - j), started,
-                                     relu and last)
+                                     si + i * s_row + j, s_row, c, here, c_row, m, depth, 0, min(width, columns - j),
+                                     started, relu and last)
 
 
 @inlined
@@ -206,11 +215,11 @@ def _gemm(a, ai, a_row, a_step, b, bi, b_step, b_column, start, si, s_row, c, ci
     """c = a b, or with ``started`` start + a b; then max(., 0) with ``relu``."""
     out_of_line()
     width = VECTORS * lanes(c)
-    if b_column == 1 and inner * columns * c.itemsize <= DIRECT:
+    if b_column == 1 and (rows <= BLOCK or inner * columns * c.itemsize <= DIRECT):
         for i in range(0, rows, BLOCK):
             for j in range(0, columns, width):
                 _column_of_tiles(a, ai + i * a_row, a_row, a_step, b, bi + j, b_step, start, si + i * s_row + j, s_row,
-                                 c, ci + i * c_row + j, c_row, min(BLOCK, rows - i), inner, min(width, columns - j),
+                                 c, ci + i * c_row + j, c_row, min(BLOCK, rows - i), inner, 0, min(width, columns - j),
                                  started, relu)
         return
     panels = np.empty(inner * whole_tiles(min(columns, OUTER), c), c.dtype)

@@ -8,6 +8,7 @@ polynomials are minimax (Remez' algorithm) for the function's relative error. Er
 function      float32  float64  method
 ============  =======  =======  =============================================================================
 exp           1.0      1.0      2**n * exp(r), r at most log(2) / 2 from 0 (Cody and Waite 1980)
+2**x, x <= 0  0.9      0.9      as exp, without a remainder to compute; in attention, whose scores are in units of log(2)
 log           1.0      1.0      n * log(2) + log(m), m near 1: log((1 + s) / (1 - s)), in the sum of fdlibm
 tanh          3.2      3.1      e / (e + 2) with e = exp(2 x) - 1, free of cancellation
 sigmoid       2.5      2.5      1 / (1 + exp(-x))
@@ -29,6 +30,7 @@ _NUMBERS = {
     "largest exp": {32: 89.0, 64: 710.0},  # from here on exp is infinite
     "smallest exp": {32: -104.0, 64: -746.0},  # from here on it is 0
     "exp of negative is 0": {32: -88.0, 64: -709.0},  # there 2**n has the exponent field 0, that of 0
+    "2** is 0": {32: -127.0, 64: -1023.0},  # as above
     "large": {32: 1.5 * 2.0**23 + 127, 64: 1.5 * 2.0**52 + 1023},  # floats near it are integers: see simd.power_of_two
     "smallest normal": {32: 2.0**-126, 64: 2.0**-1022},
     "to normal": {32: 2.0**32, 64: 2.0**64},  # a factor that makes normal numbers of subnormal ones,
@@ -48,6 +50,12 @@ _POLYNOMIALS = {
         64: [2.505220317348055e-08, 2.7626310481816585e-07, 2.755741457705554e-06, 2.4801504477521008e-05,
              0.0001984126970755668, 0.0013888888932367283, 0.008333333333397865, 0.04166666666657356, 0.16666666666666563,
              0.5000000000000006, 1.0],
+    },
+    "(2**x - 1) / x": {
+        32: [0.000149916150, 0.00133833794, 0.00961934269, 0.0555037121, 0.240226440, 0.693147186],
+        64: [4.3569461317816247e-10, 7.070750538307045e-09, 1.0178638579971146e-07, 1.3215451945050237e-06,
+             1.5252732645146488e-05, 0.00015403530426085779, 0.0013333558147418795, 0.00961812910761637,
+             0.05550410866481851, 0.24022650695910083, 0.6931471805599453],
     },
     "log": {  # (log((1 + s) / (1 - s)) / s - 2) / s**2, in s**2
         32: [0.295815494, 0.399887412, 0.666666852],
@@ -144,6 +152,15 @@ def exp_of_negative(x):
     r = fma(n, number(x, "-1") * number(x, "ln2"), x)
     r = fma(n, number(x, "-1") * number(x, "rest of ln2"), r)
     return fma(polynomial(r, "expm1(x) / x"), r, number(x, "1")) * _last_bits_as_exponent(biased)
+
+
+@vector_function
+def two_to_negative(x):
+    """2**x for x <= 0, a third cheaper than exp_of_negative; 0 below the normal numbers, but for the first half octave."""
+    x = maximum(number(x, "2** is 0"), x)
+    biased = x + number(x, "large")
+    r = x - (biased - number(x, "large"))  # exact
+    return fma(polynomial(r, "(2**x - 1) / x"), r, number(x, "1")) * _last_bits_as_exponent(biased)
 
 
 @vector_function

@@ -208,29 +208,10 @@ def _turned(builder, kind, rows):
 
 
 @intrinsic
-def turn(typing, a, i, a_row, b, j, b_row):
-    """Transpose a square of lanes x lanes elements: its rows lie in ``a`` from i, in ``b`` from j, ``_row`` apart."""
-    kind = Vector(a.dtype)
-    lanes = kind.lanes
-
-    def code(context, builder, signature, args):
-        rows, position = [], args[1]
-        for _ in range(lanes):
-            rows.append(emit_load(builder, kind, emit_pointer(context, builder, a, args[0], position, kind)))
-            position = builder.add(position, args[2])
-        rows = _turned(builder, kind, rows)
-        position = args[4]
-        for row in rows:
-            emit_store(builder, kind, row, emit_pointer(context, builder, b, args[3], position, kind))
-            position = builder.add(position, args[5])
-        return context.get_dummy_value()
-
-    return types.none(a, types.intp, types.intp, b, types.intp, types.intp), code
-
-
-@intrinsic
 def turn_part(typing, a, i, a_row, b, j, b_row, rows, columns):
-    """Transpose ``rows`` x ``columns`` elements, at most lanes of either; as :func:`turn` otherwise."""
+    """Transpose at most lanes x lanes elements, ``rows`` x ``columns`` of which there are: its rows lie in ``a`` from i, in
+    ``b`` from j, ``_row`` apart.
+    """
     kind = Vector(a.dtype)
 
     def code(context, builder, signature, args):
