@@ -177,7 +177,7 @@ def pack(b, bi, b_step, b_column, inner, columns, panels):
     """Copy ``b`` for :func:`packed_product`, in blocks of INNER rows, to ``panels`` (inner * whole_tiles(columns),)."""
     for k in range(0, inner, INNER):
         pack_at(flat(b), bi + k * b_step, b_step, b_column, min(INNER, inner - k), columns, panels,
-              k * whole_tiles(columns, panels))
+                k * whole_tiles(columns, panels))
 
 
 @kernel(exact=True, reads="a start", writes="c")

@@ -263,7 +263,7 @@ def _products(u, u_plane, v, v_plane, m, m_plane, outputs, channels, columns, x,
         if value < 16:
             prefetch_pixel(y, i, result_top + value // 4, result_left + value % 4, count)
         # Not a call for each value, which would cost as much as a sixth of 16 x 16 products.
-        _tiles(u, ui, 1, outputs, v, vi, panel, m, 0, 0, m, mi, panel, whole, channels, panel, False, False)
+        _tiles(u, ui, 1, outputs, v, vi, panel, m, 0, 0, m, mi, panel, whole, channels, 0, panel, False, False)
         if whole < outputs:
             column_of_tiles(u, ui + whole, 1, outputs, v, vi, panel, m, mi + whole * panel, panel, outputs - whole, channels,
                             panel if columns > full else full, False)
