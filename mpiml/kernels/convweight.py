@@ -18,11 +18,11 @@ Each row of pixels has a sum of its own that is then added to the others': short
 import numpy as np
 
 from . import aligned
-from .aligned import LINE
+from .gemm import transpose
 from .jit import kernel
 from .registers import REGISTER
 from .simd import flat, lanes, load, load_part, out_of_line, prefetch, reduce_add, select, splat, store, store_part
-from .tile import lanewise, load_row, load_tile, outer, store_tile, tile_add, turn_part, zero_tile
+from .tile import lanewise, load_row, load_tile, outer, store_tile, tile_add, zero_tile
 
 CHAIN, SHORT = 4096, 256  # most and fewest terms of a sum before it is added to the total
 FEW = 9  # rows, taps of a line times channels, at most, of which the second form is faster for any number of outputs
@@ -161,7 +161,7 @@ def _line_products(x, xi, x_row, pixel, width, left, stride, taps, dilation, g, 
 def _fetch(x, xi, size):
     """Have these elements brought near: read for the first time by products they would come too late."""
     out_of_line()
-    for i in range(xi, min(xi + size, x.size), LINE // x.itemsize):
+    for i in range(xi, min(xi + size, x.size), aligned.LINE // x.itemsize):
         prefetch(x, i)
 
 
@@ -171,15 +171,6 @@ def _copy(x, xi, y, yi, size):
     out_of_line()
     for i in range(0, size, lanes(y)):
         store_part(y, yi + i, load_part(x, xi + i, size - i), size - i)
-
-
-@kernel(exact=True, reads="g")
-def _turn_pixel(g, gi, samples, out, turned, ti, row):
-    """Write the ``out`` x ``samples`` elements of a pixel of ``g`` as rows of output channels, ``row`` apart."""
-    out_of_line()
-    for o in range(0, out, lanes(g)):
-        for i in range(0, samples, lanes(g)):
-            turn_part(g, gi + o * samples + i, samples, turned, ti + i * row + o, row, out - o, samples - i)
 
 
 @kernel(exact=True, reads="g x", writes="dw")
@@ -231,7 +222,8 @@ def weight_gradient(g, x, dw, stride, padding, dilation, groups):
             pixels = min(chunk, ow - ox)
             if broadcast:
                 for p in range(pixels):
-                    _turn_pixel(g, (oy * ow + ox + p) * out * samples, samples, out, turned, p * samples * g_row, g_row)
+                    transpose(flat(g), (oy * ow + ox + p) * out * samples, samples, out, samples, turned,
+                              p * samples * g_row, g_row)
             for group in range(groups):
                 for ky in range(kh):
                     iy = top + ky * dilation[0]

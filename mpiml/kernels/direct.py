@@ -9,11 +9,12 @@ each term, so its bits do not depend on the batch.
 
 import numpy as np
 
+from .gemm import transpose
 from .jit import kernel
 from .registers import REGISTER
-from .simd import at, lanes, load_part, out_of_line, splat, store_part
+from .simd import at, flat, lanes, load_part, out_of_line, splat, store_part
 from .taps import COUNT, FIRST, SOURCE, backward_taps, forward_taps
-from .tile import at_least, load_row, outer, store_tile, turn_part, zero_tile
+from .tile import at_least, load_row, outer, store_tile, zero_tile
 
 ROWS = {64: 8, 32: 6, 16: 6}[REGISTER]  # output channels of the largest tile, as in gemm
 VECTORS = 2  # of samples
@@ -72,8 +73,6 @@ def pack_weights(w, row, inner, group, down, across, rows, inners, groups, block
     number of rows of a tile, 0 for those of this file.
     """
     out_of_line()
-    square = lanes(w)
-    flat = packed.reshape(packed.size)
     by_y, by_x = w.strides[2] // w.itemsize, w.strides[3] // w.itemsize
     to = 0
     for g in range(groups):
@@ -83,17 +82,16 @@ def pack_weights(w, row, inner, group, down, across, rows, inners, groups, block
             for ky in down:
                 for kx in across:
                     here = g * group + o * row + ky * by_y + kx * by_x
-                    for r in range(0, n, square):
-                        if row == 1:
-                            for c in range(inners):
+                    if row == 1:
+                        for c in range(inners):
+                            for r in range(0, n, lanes(w)):
                                 store_part(packed, to + c * n + r, load_part(w, here + c * inner + r, n - r), n - r)
-                        elif inner == 1:
-                            for c in range(0, inners, square):
-                                turn_part(w, here + r * row + c, row, packed, to + c * n + r, n, n - r, inners - c)
-                        else:
-                            for c in range(inners):
-                                for m in range(r, min(n, r + square)):
-                                    flat[to + c * n + m] = at(w, here + c * inner + m * row)
+                    elif inner == 1:
+                        transpose(flat(w), here, row, n, inners, packed, to, n)
+                    else:
+                        for c in range(inners):
+                            for r in range(n):
+                                packed[to + c * n + r] = at(w, here + c * inner + r * row)
                     to += inners * n
             o += n
 

@@ -13,10 +13,10 @@ import numpy as np
 from numba.extending import overload
 
 from . import aligned
-from .jit import kernel
+from .jit import kernel, vector_function
 from .polynomial import exp as vector_exp
 from .polynomial import log as vector_log
-from .polynomial import normal_tail, number, vector_function
+from .polynomial import normal_tail, number
 from .polynomial import sigmoid as vector_sigmoid
 from .polynomial import tanh as vector_tanh
 from .public import check_dtypes, check_writable, public, refuse

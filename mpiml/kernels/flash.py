@@ -14,8 +14,8 @@ import math
 import numpy as np
 
 from .gemm import pack_at, whole_tiles
-from .jit import kernel
-from .polynomial import log, vector_function
+from .jit import kernel, vector_function
+from .polynomial import log
 from .scores import KEYS, QUERIES, ROOM, by_key, by_query, exponentials, hide, scores, slopes
 from .simd import flat, fma, lanes, load, load_part, reduce_add, splat, store, store_part
 from .softmax import row_scale

@@ -31,8 +31,7 @@ So a transpose is a matter of two strides; a tile needs ``b_column = 1``. From t
 
 import numpy as np
 
-from .jit import inlined, kernel
-from .polynomial import vector_function
+from .jit import inlined, kernel, vector_function
 from .registers import REGISTER
 from .simd import at, flat, lanes, out_of_line, splat
 from .tile import at_least, fetch_tile, load_row, load_tile, outer, store_tile, turn_part, zero_tile

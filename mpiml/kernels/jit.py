@@ -324,9 +324,13 @@ def one_dtype(name, arrays):
                             f"other")
 
 
-# For short functions of arrays: numba puts their text into the kernel that calls them. A call that hands over arrays, even
-# one that LLVM inlines, counts references to them, which is too much for a short run.
+# Two decorators for functions that become a part of the kernel that calls them, and are not compiled by themselves.
+# ``inlined``, for short functions of arrays: numba puts their text there. A call that hands over arrays, even one that LLVM
+# inlines, counts references to them, which is too much for a short run.
 inlined = register_jitable(inline="always")
+# ``vector_function``, for functions of vectors and loops over them: LLVM puts their code there, and vectors stay in
+# registers. (The opposite, a kernel that is compiled once and called, begins with simd.out_of_line.)
+vector_function = register_jitable(error_model="numpy", forceinline=True)
 
 
 def kernel(function=None, *, exact=False, reads="", writes="", floats=""):

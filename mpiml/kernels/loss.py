@@ -4,8 +4,8 @@ Each loss is accumulated in float64, in one pass in the order of memory.
 """
 
 from .elementwise import line, line_like, result_like
-from .jit import kernel
-from .polynomial import exp_of_negative, log, number, sigmoid, vector_function
+from .jit import kernel, vector_function
+from .polynomial import exp_of_negative, log, number, sigmoid
 from .public import check_dtypes, public, refuse
 from .simd import fabs, first_lanes, lanes, load, load_part, maximum, minimum, reduce_add, select, splat, store_part
 

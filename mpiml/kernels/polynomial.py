@@ -17,8 +17,9 @@ normal_tail   5.5      6.1      exp(-a**2 / 2) p(a) / q(a), as Cody 1969 has erf
 """
 
 from llvmlite import ir
-from numba.extending import intrinsic, register_jitable
+from numba.extending import intrinsic
 
+from .jit import vector_function
 from .registers import Vector, emit_call, float_fields, llvm_vector
 from .simd import copysign, exponent, fabs, fma, maximum, minimum, power_of_two, rint, select
 
@@ -79,9 +80,6 @@ _POLYNOMIALS = {
              0.25388412362641194, 0.7794929289319205, 1.7103298356016264, 2.5573225726010363, 2.3458915685078099, 1.0],
     },
 }
-
-# For functions of vectors, and loops over them, that become a part of the kernel that calls them: LLVM puts them there.
-vector_function = register_jitable(error_model="numpy", forceinline=True)
 
 
 def _constant(kind, value):

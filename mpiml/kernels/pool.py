@@ -7,9 +7,8 @@ pixel are side by side, and all of them have the same windows.
 import numpy as np
 
 from .conv import out_size
-from .jit import kernel
+from .jit import kernel, vector_function
 from .layout import images, innermost, is_batch_innermost
-from .polynomial import vector_function
 from .public import check_dtypes, public, refuse
 from .simd import (
     borrowed,

@@ -12,8 +12,8 @@ whole tiles as far as possible: what lies beyond the diagonal is not computed. O
 """
 
 from .gemm import ROWS, VECTORS, column_of_tiles
-from .jit import kernel
-from .polynomial import number, two_to_negative, vector_function
+from .jit import kernel, vector_function
+from .polynomial import number, two_to_negative
 from .simd import at, borrowed, first_lanes, fma, lanes, load, maximum, out_of_line, select, splat, store
 from .softmax import row_scale
 

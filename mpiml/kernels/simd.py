@@ -41,13 +41,6 @@ from .registers import (
 )
 
 
-@overload(len)
-def _lanes_of_vector(v):
-    if isinstance(v, Vector):
-        n = v.lanes
-        return lambda v: n
-
-
 def lanes(a):
     """Number of lanes of a vector of the dtype of the array ``a``."""
     return REGISTER // a.itemsize

@@ -7,8 +7,8 @@ nothing overflows. A row is read in vectors, the last of them masked; its sum de
 import numpy as np
 
 from . import aligned
-from .jit import kernel
-from .polynomial import exp_of_negative, log, vector_function
+from .jit import kernel, vector_function
+from .polynomial import exp_of_negative, log
 from .public import check_dtypes, matrix, output, public, refuse
 from .simd import (
     borrowed,

@@ -26,8 +26,8 @@ import numpy as np
 from . import aligned
 from .direct import pack_weights
 from .gemm import ROWS, VECTORS, column_of_tiles, make_tiles
-from .jit import inlined, kernel
-from .polynomial import number, vector_function
+from .jit import inlined, kernel, vector_function
+from .polynomial import number
 from .simd import flat, fma, lanes, load, load_part, maximum, out_of_line, prefetch, splat, store, store_part
 from .tile import across, load_row, load_tile, store_tile, tile_add, tile_fma, tile_multiply, tile_subtract
 

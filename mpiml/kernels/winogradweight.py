@@ -16,8 +16,8 @@ import numpy as np
 from . import aligned
 from .convweight import broadcast_products
 from .gemm import ROWS, VECTORS
-from .jit import kernel
-from .polynomial import number, vector_function
+from .jit import kernel, vector_function
+from .polynomial import number
 from .simd import fma, lanes, load, out_of_line, splat, store
 from .tile import across, load_row, load_tile, outer, store_tile, tile_add, turn_part, zero_tile
 from .winograd import VALUES, near_size, prefetch_pixel, transform_squares
