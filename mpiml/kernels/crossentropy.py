@@ -106,6 +106,8 @@ def label_loss(logits, labels, smoothing=0.0, ignore=-100):
 
     Raises
     ------
+    TypeError
+        Logits of another dtype than float32 and float64.
     ValueError
         A label out of range, with its value and place; labels that are not one for each row.
     """

@@ -174,6 +174,8 @@ def linear_vjp(g, x, weight, y=None, dx=None, dweight=None, dbias=None, add=Fals
 
     Raises
     ------
+    TypeError
+        Other dtypes than float32 and float64, or several.
     ValueError
         Shapes that do not belong together, or a place that is read-only or not as contiguous as said above.
     """

@@ -109,6 +109,8 @@ def embedding(ids, weight, out=None):
 
     Raises
     ------
+    TypeError
+        A weight of another dtype than float32 and float64.
     ValueError
         An id outside 0 .. rows - 1 (a negative one does not count from the end); nothing is written then.
     """
@@ -140,6 +142,8 @@ def embedding_vjp(g, ids, rows, out=None, add=False):
 
     Raises
     ------
+    TypeError
+        A gradient of another dtype than float32 and float64.
     ValueError
         An id outside 0 .. rows - 1, or a g or an out of another shape; nothing is written then.
     """

@@ -33,7 +33,7 @@ FEW = min(ROWS, 4)  # longer rows at a time
 ROWS_VJP = 2
 
 
-def make_rows(size):
+def _make_rows(size):
     """A kernel for the rows from ``start`` to ``stop``, ``size`` at a time: y, and the rows' ``mean`` and ``scale``."""
     @kernel(exact=True)
     def rows(x, start, stop, weight, bias, eps, y, mean, scale):
@@ -73,7 +73,7 @@ def make_rows(size):
     return rows
 
 
-_rows, _few_rows, _row = make_rows(ROWS), make_rows(FEW), make_rows(1)
+_rows, _few_rows, _row = _make_rows(ROWS), _make_rows(FEW), _make_rows(1)
 
 
 @kernel(exact=True)
@@ -85,7 +85,7 @@ def _layer_norm(x, weight, bias, eps, y, mean, scale):
     _row(x, few, len(x), weight, bias, eps, y, mean, scale)
 
 
-def make_rows_vjp(size):
+def _make_rows_vjp(size):
     """A kernel for the gradients of such rows; those of weight and bias are added."""
     @kernel(exact=True)
     def rows_vjp(g, start, stop, x, mean, scale, weight, dx, dweight, dbias):
@@ -131,7 +131,7 @@ def make_rows_vjp(size):
     return rows_vjp
 
 
-_rows_vjp, _row_vjp = make_rows_vjp(ROWS_VJP), make_rows_vjp(1)
+_rows_vjp, _row_vjp = _make_rows_vjp(ROWS_VJP), _make_rows_vjp(1)
 
 
 @kernel(exact=True)

@@ -1,6 +1,8 @@
 """Elementwise losses, summed: squared, absolute, Huber and binary cross-entropy errors, beside their vjps.
 
-Each loss is accumulated in float64, in one pass in the order of memory.
+Each loss is accumulated in float64, in one pass in the order of memory, and is a number; the vjps return arrays of the shape
+of x, given the gradient ``g`` of that number. All take arrays of one shape and dtype, float32 or float64, and raise
+TypeError for other dtypes, ValueError for shapes that differ.
 """
 
 from .elementwise import line, line_like, result_like

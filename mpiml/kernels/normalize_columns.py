@@ -102,7 +102,11 @@ _add_deviations = _make_sum_up(_make_sums(TILE, False), _make_sums(1, False))
 
 @kernel(exact=True)
 def _add_parts(sums, n, each, out):
-    """Add up the parts of each sample's columns, each of ``each`` channels, as the lanes of a row are."""
+    """Sums (n, groups) over the columns of each sample's ``each`` channels, and over the parts of these.
+
+    There are as many parts as lanes, and place p was added to part p % parts as in rows it is to that lane. So parts are added
+    up in halves, quarters and so on, in the order in which :func:`simd.reduce_add` adds lanes: the bits are those of rows.
+    """
     out_of_line()
     parts, slots = sums.shape
     width = lanes(sums)

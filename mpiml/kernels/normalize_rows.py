@@ -5,7 +5,8 @@ channels between them. All passes go through the memory from its beginning to it
 channel; a pass of its own for each channel, though it finds its runs in the cache again, takes twice as long. Coefficients
 are read once a run: as vectors beside x they would take the first cache from it.
 
-Sums over a run are taken lane by lane, then over runs lane by lane, and over the lanes last.
+Sums are taken lane by lane, over the lanes last: RUNS runs of a channel at once, vector after vector of all of them, then
+the next ones; those left over one by one.
 """
 
 import numpy as np

@@ -207,7 +207,8 @@ def normal_tail(x):
     """The size a of x, at most where the others are 0; the probability of a normal value above a; exp(-a**2 / 2).
 
     All coefficients of p and q are positive, so no digits cancel; a**2 is taken with the rest of its rounding, which counts
-    a hundred times in the tail. Multiply-adds are what takes the time here, 21 of them, so none goes to (a - c) / (a + c).
+    a hundred times in the tail. Multiply-adds are what takes the time here, 21 of them, so p and q are polynomials in a itself:
+    to bring it into a finite range first, as (a - c) / (a + c), would add to them.
     """
     a = minimum(number(x, "tail is 0"), fabs(x))
     square = a * a

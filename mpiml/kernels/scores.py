@@ -19,7 +19,7 @@ from .softmax import row_scale
 
 QUERIES = 8 * ROWS  # in a block
 KEYS = 16 * ROWS  # in a block
-ROOM = QUERIES + 16  # elements from row to row
+ROOM = QUERIES + 16  # elements from row to row: no power of two, which would crowd the cache
 
 
 # --- Products -------------------------------------------------------------------------------------------------

@@ -2,6 +2,9 @@
 
 exp(x) / sum(exp(x)) is computed as exp(x - top) / sum(exp(x - top)) with the largest ``x`` of the row as ``top``, so
 nothing overflows. A row is read in vectors, the last of them masked; its sum depends on the row alone.
+
+The functions raise TypeError for dtypes other than float32 and float64, or several; ValueError for shapes that do not belong
+together. ``out`` is an array for the result, of its shape and dtype.
 """
 
 import numpy as np

@@ -1,8 +1,9 @@
 """Tiles: as many registers as a kernel works on at once.
 
-A *row* is a tuple of vectors side by side; a *tile* is a tuple of rows, which the compiler keeps in registers: the
-accumulators of a matrix product, say. A square of lanes x lanes elements can be turned round in registers, and so the
-layout of an array changed at the speed of memory. Positions and strides are in elements, as in :mod:`mpiml.kernels.simd`.
+A *row* is a tuple of vectors side by side; a *tile* is such rows one below the other, all their vectors in one tuple, which
+the compiler keeps in registers: the accumulators of a matrix product, say. A square of lanes x lanes elements can be turned
+round in registers, and so the layout of an array changed at the speed of memory. Positions and strides are in elements, as
+in :mod:`mpiml.kernels.simd`.
 """
 
 import itertools
