@@ -8,7 +8,7 @@ import numpy as np
 
 from .gemm import affine, gemm, pack, packed_product, transpose, whole_tiles
 from .jit import kernel
-from .public import check_dtypes, contiguous_output, matrix, output, public, refuse
+from .public import contiguous_output, matrix, output, public, refuse
 from .simd import lanes, out_of_line
 from .tile import load_row, store_tile, tile_add
 
@@ -17,7 +17,7 @@ from .tile import load_row, store_tile, tile_add
 BLOCK = 256
 
 
-@kernel(exact=True, reads="a b", writes="c")
+@kernel(exact=True, reads="a b", writes="c", floats="a b c")
 def _matmul(a, b, c, add):
     """c = a b for each matrix of three stacks, or c += a b; a stack of one serves all."""
     size = c.itemsize
@@ -235,7 +235,6 @@ def matmul(a, b, out=None):
     TypeError, ValueError
         Dtypes differ, or shapes do not belong together.
     """
-    check_dtypes("matmul", a, b)
     if a.ndim != 3 or b.ndim != 3 or a.shape[2] != b.shape[1] or (len(a) != len(b) and len(a) != 1 and len(b) != 1):
         refuse("matmul takes stacks of shapes (n, rows, inner) and (n, inner, columns), not {} and {}", a.shape, b.shape)
     n = len(b) if len(a) == 1 else len(a)
