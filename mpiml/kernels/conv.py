@@ -9,7 +9,7 @@ import numpy as np
 from .convweight import bias_gradient, weight_gradient
 from .direct import convolve
 from .layout import images, innermost, is_batch_innermost
-from .public import output, public, refuse
+from .public import given, output, public, refuse
 from .winograd import convolve_by_values, pays
 from .winogradweight import weight_gradient_by_values
 
@@ -115,11 +115,10 @@ def conv2d(x, weight, stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=1, 
         Shapes that do not fit each other.
     """
     n, outputs, oh, ow = _out_shape(x.shape, weight.shape, stride, padding, dilation, groups)
-    given = np.empty(0, x.dtype) if bias is None else bias
     if bias is not None and bias.shape != (outputs,):
         refuse("conv2d with weight {} takes a bias of shape (weight.shape[0],), not {}", weight.shape, bias.shape)
     y = images(n, outputs, oh, ow, x.dtype)
-    return _convolve(x, weight, given, relu, y, stride, padding, dilation, groups, False, out, winograd)
+    return _convolve(x, weight, given(bias, 0, x.dtype), relu, y, stride, padding, dilation, groups, False, out, winograd)
 
 
 @public

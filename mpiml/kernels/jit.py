@@ -372,7 +372,8 @@ def kernel(function=None, *, exact=False, reads="", writes="", floats="", name="
     def compile_once(signature):
         given, result = numba.core.sigutils.normalize_signature(signature)
         kinds = dict(zip(names, given, strict=True))
-        one_dtype(function.__name__.strip("_"), [kinds[name] for name in floats.split()])
+        halves = [kind for kind in given if getattr(kind, "dtype", None) == numba.types.float16]  # numba has no code for them
+        one_dtype(function.__name__.strip("_"), [kinds[name] for name in floats.split()] + halves)
         for name in writes.split():
             if not kinds[name].mutable:
                 raise ValueError(f"{name} is to be written to and is read-only: pass a copy")

@@ -9,7 +9,7 @@ cancels is at most as many times the sum as there are vectors in a row.
 import numpy as np
 
 from .jit import kernel
-from .public import contiguous_output, public, refuse
+from .public import contiguous_output, given, public, refuse
 from .registers import REGISTER
 from .simd import first_lanes, lanes, load, load_part, out_of_line, select, splat, sqrt, store, store_part
 from .tile import (
@@ -150,11 +150,12 @@ def _layer_norm_vjp(g, x, mean, scale, weight, dx, dweight, dbias):
 @public
 def _whole(array, x, value):
     """A weight or bias (features,) of the rows x, contiguous; None stands for ``value`` everywhere."""
+    whole = given(array, x.shape[1], x.dtype)
     if array is None:
-        return np.full(x.shape[1], value, x.dtype)
-    if array.shape != x.shape[1:]:
-        refuse("layer_norm of rows of shape {} takes a weight and bias of their length, not of shape {}", x.shape, array.shape)
-    return np.ascontiguousarray(array)
+        whole[:] = value
+    if whole.shape != x.shape[1:]:
+        refuse("layer_norm of rows of shape {} takes a weight and bias of their length, not of shape {}", x.shape, whole.shape)
+    return np.ascontiguousarray(whole)
 
 
 @public

@@ -27,7 +27,7 @@ from . import aligned
 from .jit import inlined, kernel
 from .normalize_columns import column_affine, column_affine_vjp, column_moments, column_products
 from .normalize_rows import row_affine, row_affine_vjp, row_moments, row_products
-from .public import public, refuse
+from .public import given, public, refuse
 from .simd import lanes
 
 
@@ -148,11 +148,9 @@ def _like(x, columns):
 @public
 def _given(array, x):
     """A weight or bias as the loops take it: ``array``, or one of size 0 for None."""
-    if array is None:
-        return np.empty(0, x.dtype)
-    if array.shape != x.shape[1:2]:
+    if array is not None and array.shape != x.shape[1:2]:
         refuse("a norm of an input of shape {} takes one number for each channel, not {}", x.shape, array.shape)
-    return array
+    return given(array, 0, x.dtype)
 
 
 @public

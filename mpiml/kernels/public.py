@@ -55,6 +55,19 @@ def _check_writable(*arrays):
     return lambda *arrays: None
 
 
+def given(array, shape, dtype):
+    """``array``, or one of this shape and dtype that holds anything if it is None."""
+    return np.empty(shape, dtype) if array is None else array
+
+
+@overload(given)
+def _given(array, shape, dtype):
+    # Decided by types: what stands after "is None" would have to be of one type in both cases, of one dtype, too.
+    if isinstance(array, numba.types.Array):
+        return lambda array, shape, dtype: array
+    return lambda array, shape, dtype: np.empty(shape, dtype)
+
+
 @public
 def output(out, shape, dtype):
     """``out`` if it has this shape and dtype and may be written; a new array if it is None."""

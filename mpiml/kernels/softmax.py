@@ -283,9 +283,10 @@ def logsumexp(x):
     return y
 
 
-@kernel(exact=True, reads="g y", writes="p", floats="p g y")
-def _logsumexp_vjp(g, y, p):
-    """Multiply each row of the matrix p by its element of g; of y only the dtype is looked at."""
+@kernel(exact=True, reads="g x y", writes="p", floats="x g y p")
+def _logsumexp_vjp(g, x, y, p):
+    """p becomes the softmax of rows x, each times its element of g; of y only the dtype is looked at."""
+    _softmax(x, p)
     n = p.shape[1]
     for i in range(len(p)):
         row_scale(p, i * n, n, g[i])
@@ -296,6 +297,7 @@ def logsumexp_vjp(g, x, y):
     """Gradient for x of ``y = logsumexp(x)``: softmax(x), weighted with ``g`` (...)."""
     if g.shape != y.shape or x.shape[:-1] != y.shape:
         refuse("gradients of shape {} for results of shape {} of an input of shape {}", g.shape, y.shape, x.shape)
-    p = softmax(x)
-    _logsumexp_vjp(np.ascontiguousarray(g).reshape(-1), np.ascontiguousarray(y).reshape(-1), matrix(p))
+    p = np.empty(x.shape, x.dtype)
+    _logsumexp_vjp(np.ascontiguousarray(g).reshape(-1), matrix(np.ascontiguousarray(x)), np.ascontiguousarray(y).reshape(-1),
+                   matrix(p))
     return p
