@@ -1,10 +1,12 @@
 """How kernels are compiled and kept: once per node, never stale, never broken, and nothing at import."""
 
+import inspect
 import os
 import subprocess
 import sys
 import textwrap
 
+import numba
 import numpy as np
 import pytest
 
@@ -289,6 +291,68 @@ def test_the_table_has_an_example_of_every_kernel():
 @pytest.mark.parametrize("name", warmup.EXAMPLES)
 def test_an_example_runs(name):
     warmup.EXAMPLES[name](warmup.array(np.float32))
+
+
+@pytest.fixture(scope="module")
+def calls():
+    """The arguments of a call of each kernel."""
+    calls = {}
+
+    class Recorder:
+        def __getattr__(self, name):
+            function = getattr(kernels, name)
+
+            def call(*args, **options):
+                bound = inspect.signature(function).bind(*args, **options)
+                bound.apply_defaults()
+                calls.setdefault(name, bound.args)
+                return function(*args, **options)
+
+            return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(warmup, "k", Recorder())
+        for example in warmup.EXAMPLES.values():
+            example(warmup.array(np.float32))
+    return calls
+
+
+@pytest.mark.parametrize("name", [name for name in warmup.EXAMPLES if not name.endswith("float16")])
+def test_a_kernel_takes_floats_of_one_dtype(name, calls):
+    function, args = getattr(kernels, name), calls[name]
+    compiled = numba.njit(lambda args: function(*args))
+    floats = [i for i, a in enumerate(args) if isinstance(a, np.ndarray) and a.dtype == np.float32]
+    for dtype in "int64", "float16":
+        with pytest.raises(TypeError, match=f"takes float32 or float64, not {dtype}"):
+            function(*(a.astype(dtype) if i in floats else a for i, a in enumerate(args)))
+    for place in floats if len(floats) > 1 else ():
+        mixed = tuple(a.astype(float) if i == place else a for i, a in enumerate(args))
+        for call in (lambda: function(*mixed)), (lambda: compiled(mixed)):  # noqa: B023
+            with pytest.raises(TypeError, match=r"got arrays of float(32 and float64|64 and float32): convert") as error:
+                call()
+            said = str(error.value).split()[0]  # kernels that several functions share say what these have in common
+            assert set(said.split("_")) <= set(name.split("_"))
+
+
+@pytest.mark.parametrize("call", [
+    kernels.relu, kernels.softmax, kernels.log_softmax, kernels.logsumexp, kernels.layer_norm, kernels.linear_vjp_bias,
+    lambda x: kernels.softmax_vjp(x, x), lambda x: kernels.logsumexp_vjp(x[:, 0], x, x[:, 0]),
+    lambda x: kernels.dropout(x, 0.5, 1), lambda x: kernels.squared(x, x), lambda x: kernels.attention(x, x, x),
+    lambda x: kernels.label_loss(x, np.zeros(0, int)), lambda x: kernels.embedding(np.zeros(0, int), x),
+    lambda x: kernels.embedding_vjp(x, np.zeros(0, int), 2), lambda x: kernels.standardize(x[:, :, None]),
+    lambda x: kernels.standardize_by(x[:, :, None], np.ones(3, x.dtype), np.ones(3, x.dtype)),
+    lambda x: kernels.layer_norm_vjp(x, x, x[:, 0], x[:, 0])])
+def test_an_array_without_elements_has_a_dtype_all_the_same(call):
+    call(np.zeros((0, 3), np.float32))
+    with pytest.raises(TypeError, match="takes float32 or float64, not int64"):
+        call(np.zeros((0, 3), int))
+
+
+def test_what_is_rearranged_keeps_its_dtype():
+    x, y = np.zeros((3, 4), np.float32), np.zeros((3, 8))[:, ::2]
+    for call in (lambda: kernels.relu_vjp(y, x)), (lambda: kernels.squared(x, y)):
+        with pytest.raises(TypeError, match="got arrays of float32 and float64"):
+            call()
 
 
 def test_warm_up_tells_what_it_did(capsys, monkeypatch):

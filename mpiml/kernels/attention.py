@@ -6,7 +6,7 @@ import numpy as np
 
 from .flash import backward, forward
 from .jit import kernel
-from .public import check_dtypes, check_writable, public, refuse, whole_rows
+from .public import public, refuse, whole_rows
 
 
 @public
@@ -27,7 +27,6 @@ def _stack(x):
 
 @public
 def _check(q, k, v):
-    check_dtypes("attention", q, k, v)
     if not 2 <= q.ndim <= 4 or k.ndim != q.ndim or v.ndim != q.ndim:
         refuse("attention takes queries, keys and values of shape (t, d), (batch, t, d) or (batch, heads, t, d), not {}, {} "
                "and {}", q.shape, k.shape, v.shape)
@@ -113,7 +112,6 @@ def attention(q, k, v, causal=False, lengths=None, mask=None, scale=None, out=No
     valid, bias = _valid(lengths, q4.shape[0], k4.shape[2]), _bias(mask, q4.shape[0], k4.shape[2], q.dtype)
     shape = q.shape[:-1] + (v.shape[-1],)
     if out is not None:
-        check_writable(out)
         if out.shape != shape or out.dtype != q.dtype or (
                 out.strides[out.ndim - 1] != out.itemsize and shape[-1] != 1):
             refuse("out has shape {} and strides {}, the result shape {} and a contiguous last axis",
@@ -123,8 +121,7 @@ def attention(q, k, v, causal=False, lengths=None, mask=None, scale=None, out=No
         y = _like(q, shape)
     logsumexp = np.empty(q.shape[:-1], q.dtype)
     factor = 1 / math.sqrt(max(q.shape[-1], 1)) if scale is None else float(scale)
-    if y.size:
-        forward(q4, k4, v4, bias, valid, causal, factor, _four(y), _stack_rows(logsumexp))
+    forward(q4, k4, v4, bias, valid, causal, factor, _four(y), _stack_rows(logsumexp))
     return y, logsumexp
 
 
@@ -160,7 +157,6 @@ def attention_vjp(g, q, k, v, out, logsumexp, causal=False, lengths=None, mask=N
         As :func:`attention`, or a ``g`` or ``logsumexp`` of another shape.
     """
     _check(q, k, v)
-    check_dtypes("attention_vjp", q, g, out, logsumexp)
     if g.shape != out.shape or logsumexp.shape != q.shape[:-1]:
         refuse("a gradient of shape {} and a logsumexp of shape {} for a result of shape {}",
                g.shape, logsumexp.shape, out.shape)

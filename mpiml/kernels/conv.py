@@ -9,7 +9,7 @@ import numpy as np
 from .convweight import bias_gradient, weight_gradient
 from .direct import convolve
 from .layout import images, innermost, is_batch_innermost
-from .public import check_dtypes, output, public, refuse
+from .public import given, output, public, refuse
 from .winograd import convolve_by_values, pays
 from .winogradweight import weight_gradient_by_values
 
@@ -114,13 +114,11 @@ def conv2d(x, weight, stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=1, 
     ValueError
         Shapes that do not fit each other.
     """
-    check_dtypes("conv2d", x, weight, bias)
     n, outputs, oh, ow = _out_shape(x.shape, weight.shape, stride, padding, dilation, groups)
-    given = np.empty(0, x.dtype) if bias is None else bias
     if bias is not None and bias.shape != (outputs,):
         refuse("conv2d with weight {} takes a bias of shape (weight.shape[0],), not {}", weight.shape, bias.shape)
     y = images(n, outputs, oh, ow, x.dtype)
-    return _convolve(x, weight, given, relu, y, stride, padding, dilation, groups, False, out, winograd)
+    return _convolve(x, weight, given(bias, 0, x.dtype), relu, y, stride, padding, dilation, groups, False, out, winograd)
 
 
 @public
@@ -132,7 +130,6 @@ def _check_gradient(g, expected):
 @public
 def conv2d_vjp_x(g, weight, x_shape, stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=1, out=None, winograd=None):
     """Gradient for x, of shape ``x_shape``, batch innermost, from ``g`` (n, out, oh, ow); errors as of :func:`conv2d`."""
-    check_dtypes("conv2d_vjp_x", g, weight)
     _check_gradient(g, _out_shape(x_shape, weight.shape, stride, padding, dilation, groups))
     dx = images(x_shape[0], x_shape[1], x_shape[2], x_shape[3], g.dtype)
     return _convolve(g, weight, np.empty(0, g.dtype), False, dx, stride, padding, dilation, groups, True, out, winograd)
@@ -153,7 +150,6 @@ def conv2d_vjp_weight(g, x, weight_shape, stride=(1, 1), padding=(0, 0), dilatio
     The result lies in memory with its outputs side by side, as ``np.asfortranarray`` of it does. ``winograd`` is that of
     :func:`conv2d`, see :mod:`mpiml.kernels.winogradweight`.
     """
-    check_dtypes("conv2d_vjp_weight", g, x)
     _check_gradient(g, _out_shape(x.shape, weight_shape, stride, padding, dilation, groups))
     by_values = _by_values(winograd, g.itemsize, g.shape, weight_shape, stride, dilation, groups)
     outputs, inners, kh, kw = weight_shape
@@ -169,7 +165,6 @@ def conv2d_vjp_weight(g, x, weight_shape, stride=(1, 1), padding=(0, 0), dilatio
 @public
 def conv2d_vjp_bias(g, out=None):
     """Gradient for bias, of shape (out,), from ``g`` (n, out, oh, ow)."""
-    check_dtypes("conv2d_vjp_bias", g)
     if g.ndim != 4:
         refuse("conv2d_vjp_bias takes a gradient of shape (n, out, oh, ow), not {}", g.shape)
     db = output(out, (g.shape[1],), g.dtype)
@@ -202,7 +197,6 @@ def conv2d_vjp_relu(g, y):
     TypeError, ValueError
         Dtypes or shapes that differ.
     """
-    check_dtypes("conv2d_vjp_relu", g, y)
     if g.ndim != 4 or g.shape != y.shape:
         refuse("conv2d_vjp_relu takes gradient and value of one shape (n, out, oh, ow), not {} and {}", g.shape, y.shape)
     masked = images(g.shape[0], g.shape[1], g.shape[2], g.shape[3], g.dtype)

@@ -173,7 +173,7 @@ def _copy(x, xi, y, yi, size):
         store_part(y, yi + i, load_part(x, xi + i, size - i), size - i)
 
 
-@kernel(exact=True, reads="g x", writes="dw")
+@kernel(exact=True, reads="g x", writes="dw", floats="g x dw", name="conv2d_vjp_weight")
 def weight_gradient(g, x, dw, stride, padding, dilation, groups):
     """``conv2d_vjp_weight`` of ``g`` and ``x`` that lie batch innermost; the outputs of ``dw`` lie side by side."""
     out_of_line()
@@ -256,7 +256,7 @@ def weight_gradient(g, x, dw, stride, padding, dilation, groups):
                                 load(total, (group * outputs + o) * t_row + ky * line + r * full))
 
 
-@kernel(exact=True, reads="g y", writes="masked db")
+@kernel(exact=True, reads="g y", writes="masked db", floats="g y masked db", name="conv2d_vjp")
 def bias_gradient(g, y, masked, db):
     """Sums of ``g`` (n, out, oh, ow), batch innermost, over samples and pixels.
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from . import aligned
 from .jit import kernel
-from .public import check_dtypes, output, public, refuse
+from .public import output, public, refuse
 from .simd import borrowed, first_lanes, flat, in_use, lanes, load, load_part, reduce_add, select, splat, store, store_part
 from .softmax import BLOCK, block_exponentials, block_rows, in_place, log_totals, pitch, row_times
 
@@ -22,7 +22,7 @@ def _first_bad(labels, classes, ignore):
     return -1
 
 
-@kernel(exact=True, reads="x labels", writes="p")
+@kernel(exact=True, reads="x labels", writes="p", floats="x p")
 def _label_loss(x, labels, smoothing, ignore, p):
     """The sum of the losses of rows x; p becomes their softmax, 0 in rows to be ignored."""
     rows, n = x.shape
@@ -59,7 +59,7 @@ def _label_loss(x, labels, smoothing, ignore, p):
     return loss
 
 
-@kernel(exact=True, reads="p labels", writes="out")
+@kernel(exact=True, reads="p labels", writes="out", floats="p out")
 def _label_loss_vjp(g, p, labels, smoothing, ignore, out):
     """out = g * (p - target), or 0 in rows to be ignored.
 
@@ -111,7 +111,6 @@ def label_loss(logits, labels, smoothing=0.0, ignore=-100):
     ValueError
         A label out of range, with its value and place; labels that are not one for each row.
     """
-    check_dtypes("label_loss", logits)
     if labels.shape != (logits.shape[0],):
         refuse("logits of shape {} take one label a row, not labels of shape {}", logits.shape, labels.shape)
     classes = logits.shape[1]
@@ -123,8 +122,6 @@ def label_loss(logits, labels, smoothing=0.0, ignore=-100):
         refuse("label {} at position {} in a problem of {} classes: labels run from 0 to {}",
                labels[bad], bad, classes, classes - 1)
     probabilities = aligned.array(logits.shape, logits.dtype)
-    if logits.size == 0:
-        return 0.0, probabilities
     loss = _label_loss(np.ascontiguousarray(logits), labels, float(smoothing), ignore, probabilities)
     return loss, probabilities
 
@@ -133,6 +130,5 @@ def label_loss(logits, labels, smoothing=0.0, ignore=-100):
 def label_loss_vjp(g, probabilities, labels, smoothing=0.0, ignore=-100, out=None):
     """Gradient for logits, (n, classes), of the loss; ``g`` is its scalar gradient, ``out`` may be ``probabilities``."""
     out = output(out, probabilities.shape, probabilities.dtype)
-    if out.size:
-        _label_loss_vjp(float(g), np.ascontiguousarray(probabilities), labels, float(smoothing), ignore, out)
+    _label_loss_vjp(float(g), np.ascontiguousarray(probabilities), labels, float(smoothing), ignore, out)
     return out

@@ -8,7 +8,7 @@ import numpy as np
 
 from .gemm import affine, gemm, pack, packed_product, transpose, whole_tiles
 from .jit import kernel
-from .public import check_dtypes, contiguous_output, matrix, output, public, refuse
+from .public import contiguous_output, given, matrix, output, public, refuse
 from .simd import lanes, out_of_line
 from .tile import load_row, store_tile, tile_add
 
@@ -17,7 +17,7 @@ from .tile import load_row, store_tile, tile_add
 BLOCK = 256
 
 
-@kernel(exact=True, reads="a b", writes="c")
+@kernel(exact=True, reads="a b", writes="c", floats="a b c")
 def _matmul(a, b, c, add):
     """c = a b for each matrix of three stacks, or c += a b; a stack of one serves all."""
     size = c.itemsize
@@ -146,7 +146,7 @@ def linear(x, weight, bias=None, relu=False, out=None):
     if x.ndim == 0:
         refuse("linear takes {} features (weight {}), but the input is a number", weight.shape[1], weight.shape)
     y = contiguous_output(out, x.shape[:-1] + (len(weight),), x.dtype)
-    b = np.empty(0, x.dtype) if bias is None else bias
+    b = given(bias, 0, x.dtype)
     if not _linear(matrix(x), weight, b, relu, matrix(y)):
         if x.shape[-1] != weight.shape[1]:
             refuse("linear takes {} features (weight {}), but the input of shape {} has {} in its last axis",
@@ -183,10 +183,8 @@ def linear_vjp(g, x, weight, y=None, dx=None, dweight=None, dbias=None, add=Fals
         refuse("linear_vjp writes to a C-contiguous dx")
     # Arrays of size 0 stand for None, so that the kernel is compiled once for any selection.
     if not _linear_vjp(np.ascontiguousarray(matrix(g)), matrix(x), weight,
-                       np.empty((0, 0), g.dtype) if y is None else matrix(y),
-                       np.empty((0, 0), g.dtype) if dx is None else matrix(dx),
-                       np.empty((0, 0), g.dtype) if dweight is None else dweight,
-                       np.empty(0, g.dtype) if dbias is None else dbias, add):
+                       matrix(given(y, (0, 0), g.dtype)), matrix(given(dx, (0, 0), g.dtype)),
+                       given(dweight, (0, 0), g.dtype), given(dbias, 0, g.dtype), add):
         refuse("linear_vjp got a gradient of shape {}, an input of shape {} and a weight of shape {}, or a y, dx, dweight "
                "or dbias of another shape, or a dweight neither C- nor Fortran-contiguous, or a dbias with gaps",
                g.shape, x.shape, weight.shape)
@@ -237,7 +235,6 @@ def matmul(a, b, out=None):
     TypeError, ValueError
         Dtypes differ, or shapes do not belong together.
     """
-    check_dtypes("matmul", a, b)
     if a.ndim != 3 or b.ndim != 3 or a.shape[2] != b.shape[1] or (len(a) != len(b) and len(a) != 1 and len(b) != 1):
         refuse("matmul takes stacks of shapes (n, rows, inner) and (n, inner, columns), not {} and {}", a.shape, b.shape)
     n = len(b) if len(a) == 1 else len(a)

@@ -96,7 +96,7 @@ def pack_weights(w, row, inner, group, down, across, rows, inners, groups, block
             o += n
 
 
-@kernel(exact=True, reads="x weight bias", writes="y")
+@kernel(exact=True, reads="x weight bias", writes="y", floats="x weight bias y", name="conv2d")
 def convolve(x, weight, bias, relu, y, stride, padding, dilation, groups, backward):
     """``conv2d`` of ``x``, or ``backward`` its gradient for images; both ``x`` and ``y`` lie batch innermost.
 

@@ -3,7 +3,7 @@
 import numpy as np
 
 from .jit import kernel
-from .public import check_dtypes, public
+from .public import public
 
 _BLOCKS = 64  # of the generator's 128 bits that are made at once, each of them enough for 4 elements
 
@@ -22,7 +22,7 @@ def _philox(c0, c1, c2, c3, k0, k1):
     return c0, c1, c2, c3
 
 
-@kernel(reads="x")
+@kernel(reads="x", floats="x out")
 def _dropout(x, p, key, first, out):
     """Rows of samples. The generator counts in (elements // 4, 0, the sample's number in two halves)."""
     samples, size = x.shape
@@ -76,11 +76,9 @@ def dropout(x, p, key, first=0):
     TypeError
         Other dtypes than float32 and float64.
     """
-    check_dtypes("dropout", x)
     out = np.empty_like(x)
-    if x.size:
-        rows = np.ascontiguousarray(x).reshape((len(x), -1))
-        result = np.empty(rows.shape, x.dtype)
-        _dropout(rows, float(p), np.uint64(key), first, result)
-        out[...] = result.reshape(x.shape)
+    rows = np.ascontiguousarray(x).reshape((len(x), x.size // max(len(x), 1)))
+    result = np.empty(rows.shape, x.dtype)
+    _dropout(rows, float(p), np.uint64(key), first, result)
+    out[...] = result.reshape(x.shape)
     return out

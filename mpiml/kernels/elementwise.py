@@ -19,7 +19,7 @@ from .polynomial import log as vector_log
 from .polynomial import normal_tail, number
 from .polynomial import sigmoid as vector_sigmoid
 from .polynomial import tanh as vector_tanh
-from .public import check_dtypes, check_writable, public, refuse
+from .public import public, refuse
 from .simd import lanes, load_wide, select, store, store_part
 
 # --- Arrays in the order of their memory ----------------------------------------------------------------------
@@ -36,7 +36,7 @@ def line_like(x, y):
         flat = line(x)
         if flat is not None:
             return flat
-    copy = np.empty_like(y)
+    copy = np.empty_like(y, dtype=x.dtype)
     copy[...] = x
     return line(copy)
 
@@ -66,7 +66,6 @@ def result_like(x, out):
     """``out``, if it fits, or a new array whose elements lie in memory as those of ``x``."""
     if out is None:
         return aligned.empty_like(x) if x.nbytes >= aligned.LARGE and line(x) is not None else np.empty_like(x)
-    check_writable(out)
     if out.shape != x.shape or out.dtype != x.dtype:
         refuse("out has shape {} and dtype {}, the result {} and {}", out.shape, out.dtype, x.shape, x.dtype)
     if line(out) is None:
@@ -74,49 +73,47 @@ def result_like(x, out):
     return out
 
 
-def map_one(function):
-    """A kernel ``y = function(x)`` for flat arrays, of a function of a vector."""
-    @kernel(exact=True, reads="x", writes="y")
-    def run(x, y):
+def map_one(name, function):
+    """A kernel ``out = function(x)`` for flat arrays, of a function of a vector; ``name``: whom it serves."""
+    @kernel(exact=True, reads="x", writes="out", floats="x out", name=name)
+    def run(x, out):
         step = 2 * lanes(x)
         left = x.size % step
         whole = x.size - left
         for i in range(0, whole, step):
-            store(y, i, function(load_wide(x, i, None, 2)))
+            store(out, i, function(load_wide(x, i, None, 2)))
         if left:
-            store_part(y, whole, function(load_wide(x, whole, left, 2)), left)
+            store_part(out, whole, function(load_wide(x, whole, left, 2)), left)
 
     return run
 
 
-def map_two(function):
-    """A kernel ``y = function(g, x)`` for flat arrays, of a function of two vectors."""
-    @kernel(exact=True, reads="g x", writes="y")
-    def run(g, x, y):
+def map_two(name, function):
+    """A kernel ``out = function(g, x)`` for flat arrays, of a function of two vectors; ``name``: whom it serves."""
+    @kernel(exact=True, reads="g x", writes="out", floats="x g out", name=name)
+    def run(g, x, out):
         step = 2 * lanes(x)
         left = x.size % step
         whole = x.size - left
         for i in range(0, whole, step):
-            store(y, i, function(load_wide(g, i, None, 2), load_wide(x, i, None, 2)))
+            store(out, i, function(load_wide(g, i, None, 2), load_wide(x, i, None, 2)))
         if left:
-            store_part(y, whole, function(load_wide(g, whole, left, 2), load_wide(x, whole, left, 2)), left)
+            store_part(out, whole, function(load_wide(g, whole, left, 2), load_wide(x, whole, left, 2)), left)
 
     return run
 
 
 @public
-def _one(run, name, x, out):
-    """``y = run(x)`` by a kernel of :func:`map_one`, checked; ``name`` is that of the public function, for its errors."""
-    check_dtypes(name, x)
+def _one(run, x, out):
+    """``y = run(x)`` by a kernel of :func:`map_one`, checked."""
     y = result_like(x, out)
     run(line_like(x, y), line(y))
     return y
 
 
 @public
-def _two(run, name, g, x, out):
+def _two(run, g, x, out):
     """``y = run(g, x)`` by a kernel of :func:`map_two`, likewise."""
-    check_dtypes(name, x, g)
     if g.shape != x.shape:
         refuse("a gradient of shape {} for an array of shape {}", g.shape, x.shape)
     y = result_like(x, out)
@@ -200,15 +197,15 @@ def _tanh_gelu_slope(g, x):
     return g * (s + x * s * (number(x, "1") - s) * slope)
 
 
-_run_exp, _run_exp_vjp = map_one(vector_exp), map_two(_exp_slope)
-_run_log, _run_log_vjp = map_one(vector_log), map_two(_log_slope)
-_run_tanh, _run_tanh_vjp = map_one(vector_tanh), map_two(_tanh_slope)
-_run_sigmoid, _run_sigmoid_vjp = map_one(vector_sigmoid), map_two(_sigmoid_slope)
-positive_part, _run_relu_vjp = map_one(_positive), map_two(_relu_slope)
-_run_add_relu = map_two(_positive_sum)
-_run_silu, _run_silu_vjp = map_one(_silu), map_two(_silu_slope)
-_run_gelu, _run_gelu_vjp = map_one(_gelu), map_two(_gelu_slope)
-_run_tanh_gelu, _run_tanh_gelu_vjp = map_one(_tanh_gelu), map_two(_tanh_gelu_slope)
+_run_exp, _run_exp_vjp = map_one("exp", vector_exp), map_two("exp_vjp", _exp_slope)
+_run_log, _run_log_vjp = map_one("log", vector_log), map_two("log_vjp", _log_slope)
+_run_tanh, _run_tanh_vjp = map_one("tanh", vector_tanh), map_two("tanh_vjp", _tanh_slope)
+_run_sigmoid, _run_sigmoid_vjp = map_one("sigmoid", vector_sigmoid), map_two("sigmoid_vjp", _sigmoid_slope)
+positive_part, _run_relu_vjp = map_one("relu", _positive), map_two("relu_vjp", _relu_slope)
+_run_add_relu = map_two("add_relu", _positive_sum)
+_run_silu, _run_silu_vjp = map_one("silu", _silu), map_two("silu_vjp", _silu_slope)
+_run_gelu, _run_gelu_vjp = map_one("gelu", _gelu), map_two("gelu_vjp", _gelu_slope)
+_run_tanh_gelu, _run_tanh_gelu_vjp = map_one("gelu", _tanh_gelu), map_two("gelu_vjp", _tanh_gelu_slope)
 
 
 # --- Public functions -----------------------------------------------------------------------------------------
@@ -216,49 +213,49 @@ _run_tanh_gelu, _run_tanh_gelu_vjp = map_one(_tanh_gelu), map_two(_tanh_gelu_slo
 @public
 def exp(x, out=None):
     """e**x of each element of ``x``."""
-    return _one(_run_exp, "exp", x, out)
+    return _one(_run_exp, x, out)
 
 
 @public
 def exp_vjp(g, y, out=None):
     """Gradient for x of ``y = exp(x)``, given the gradient ``g`` for y."""
-    return _two(_run_exp_vjp, "exp_vjp", g, y, out)
+    return _two(_run_exp_vjp, g, y, out)
 
 
 @public
 def log(x, out=None):
     """The natural logarithm of ``x``: -infinity of 0, NaN of what is negative."""
-    return _one(_run_log, "log", x, out)
+    return _one(_run_log, x, out)
 
 
 @public
 def log_vjp(g, x, out=None):
     """Gradient for x of ``log(x)``."""
-    return _two(_run_log_vjp, "log_vjp", g, x, out)
+    return _two(_run_log_vjp, g, x, out)
 
 
 @public
 def tanh(x, out=None):
     """The hyperbolic tangent of ``x``."""
-    return _one(_run_tanh, "tanh", x, out)
+    return _one(_run_tanh, x, out)
 
 
 @public
 def tanh_vjp(g, y, out=None):
     """Gradient for x of ``y = tanh(x)``."""
-    return _two(_run_tanh_vjp, "tanh_vjp", g, y, out)
+    return _two(_run_tanh_vjp, g, y, out)
 
 
 @public
 def relu(x, out=None):
     """max(x, 0) of ``x``; NaN stays NaN."""
-    return _one(positive_part, "relu", x, out)
+    return _one(positive_part, x, out)
 
 
 @public
 def relu_vjp(g, y, out=None):
     """Gradient for x of ``y = relu(x)``, given the gradient ``g`` for y; 0 at the kink."""
-    return _two(_run_relu_vjp, "relu_vjp", g, y, out)
+    return _two(_run_relu_vjp, g, y, out)
 
 
 @public
@@ -266,44 +263,44 @@ def add_relu(x, y, out=None):
     """max(x + y, 0) of arrays of one shape; NaN stays NaN. Its vjp, for either, is :func:`relu_vjp`."""
     if x.shape != y.shape:
         refuse("add_relu adds arrays of one shape, not {} and {}", x.shape, y.shape)
-    return _two(_run_add_relu, "add_relu", x, y, out)
+    return _two(_run_add_relu, x, y, out)
 
 
 @public
 def sigmoid(x, out=None):
     """1 / (1 + exp(-x)) of ``x``, without overflow for any x."""
-    return _one(_run_sigmoid, "sigmoid", x, out)
+    return _one(_run_sigmoid, x, out)
 
 
 @public
 def sigmoid_vjp(g, y, out=None):
     """Gradient for x of ``y = sigmoid(x)``."""
-    return _two(_run_sigmoid_vjp, "sigmoid_vjp", g, y, out)
+    return _two(_run_sigmoid_vjp, g, y, out)
 
 
 @public
 def silu(x, out=None):
     """x * sigmoid(x) (Elfwing et al. 2018, "swish")."""
-    return _one(_run_silu, "silu", x, out)
+    return _one(_run_silu, x, out)
 
 
 @public
 def silu_vjp(g, x, out=None):
     """Gradient for x of ``silu(x)``."""
-    return _two(_run_silu_vjp, "silu_vjp", g, x, out)
+    return _two(_run_silu_vjp, g, x, out)
 
 
 @public
 def gelu(x, tanh=False, out=None):
     """x * Phi(x), Phi the normal distribution (Hendrycks and Gimpel 2016); ``tanh``: their tanh form of it."""
     if tanh:
-        return _one(_run_tanh_gelu, "gelu", x, out)
-    return _one(_run_gelu, "gelu", x, out)
+        return _one(_run_tanh_gelu, x, out)
+    return _one(_run_gelu, x, out)
 
 
 @public
 def gelu_vjp(g, x, tanh=False, out=None):
     """Gradient for x of ``gelu(x, tanh)``."""
     if tanh:
-        return _two(_run_tanh_gelu_vjp, "gelu_vjp", g, x, out)
-    return _two(_run_gelu_vjp, "gelu_vjp", g, x, out)
+        return _two(_run_tanh_gelu_vjp, g, x, out)
+    return _two(_run_gelu_vjp, g, x, out)

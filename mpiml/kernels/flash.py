@@ -67,7 +67,7 @@ def _row(x):
     return x.strides[2] // x.itemsize
 
 
-@kernel(exact=True, reads="q k v", writes="out lse")
+@kernel(exact=True, reads="q k v", writes="out lse", floats="q k v out lse", name="attention")
 def forward(q, k, v, bias, lengths, causal, scale, out, lse):
     """Of (batch, heads, t, d) arrays ``out``, and ``lse`` (batch, heads, tq): the logarithms of the sums of exponentials.
 
@@ -110,7 +110,7 @@ def forward(q, k, v, bias, lengths, causal, scale, out, lse):
             lse[b, h, i0:i0 + m] = total[:m]
 
 
-@kernel(exact=True, reads="g q k v out lse", writes="dq dk dv")
+@kernel(exact=True, reads="g q k v out lse", writes="dq dk dv", floats="q k v g out lse", name="attention_vjp")
 def backward(g, q, k, v, bias, lengths, causal, scale, out, lse, dq, dk, dv):
     """The gradients dq, dk and dv, from the gradient ``g`` for ``out``; otherwise as :func:`forward`.
 

@@ -4,7 +4,7 @@ import numpy as np
 from numba.extending import overload
 
 from .jit import kernel
-from .public import check_dtypes, contiguous_output, matrix, output, public, refuse, whole_rows
+from .public import contiguous_output, matrix, output, public, refuse, whole_rows
 from .simd import lanes, load, load_part, splat, store, store_part
 
 
@@ -24,7 +24,7 @@ def _first_bad(ids, rows):
     return -1
 
 
-@kernel(exact=True, reads="weight")
+@kernel(exact=True, reads="weight", floats="weight y", name="embedding")
 def _gather(ids, weight, y):
     """y (ids, features) = weight[ids], for rows of weight that are contiguous."""
     width = lanes(y)
@@ -38,7 +38,7 @@ def _gather(ids, weight, y):
             store_part(y, to + whole, load_part(weight, at + whole, features - whole), features - whole)
 
 
-@kernel(exact=True, reads="g", writes="out")
+@kernel(exact=True, reads="g", writes="out", floats="g out", name="embedding_vjp")
 def _scatter_add(g, ids, out, add):
     """Rows of g added to their rows of out, in order; without ``add``, the first one of each is put there."""
     width = lanes(out)
@@ -114,13 +114,11 @@ def embedding(ids, weight, out=None):
     ValueError
         An id outside 0 .. rows - 1 (a negative one does not count from the end); nothing is written then.
     """
-    check_dtypes("embedding", weight)
     if weight.ndim != 2:
         refuse("an embedding takes rows from a matrix, not from an array of shape {}", weight.shape)
     flat = _checked(ids, len(weight))
     y = contiguous_output(out, ids.shape + (weight.shape[1],), weight.dtype)
-    if y.size:
-        _gather(flat, whole_rows(weight), y.reshape(len(flat), weight.shape[1]))
+    _gather(flat, whole_rows(weight), y.reshape(len(flat), weight.shape[1]))
     return y
 
 
@@ -147,7 +145,6 @@ def embedding_vjp(g, ids, rows, out=None, add=False):
     ValueError
         An id outside 0 .. rows - 1, or a g or an out of another shape; nothing is written then.
     """
-    check_dtypes("embedding_vjp", g)
     if g.shape[:-1] != ids.shape:
         refuse("embedding_vjp of ids of shape {} takes a gradient with one more axis, not {}", ids.shape, g.shape)
     flat = _checked(ids, rows)
@@ -156,6 +153,5 @@ def embedding_vjp(g, ids, rows, out=None, add=False):
     dweight = output(out, (rows, g.shape[-1]), g.dtype)
     if dweight.size and dweight.strides[1] != dweight.itemsize:
         refuse("embedding_vjp writes to an out with contiguous rows, not with strides {}", dweight.strides)
-    if dweight.size:
-        _scatter_add(matrix(whole_rows(g)), flat, dweight, add)
+    _scatter_add(matrix(whole_rows(g)), flat, dweight, add)
     return dweight

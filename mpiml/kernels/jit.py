@@ -315,7 +315,7 @@ def cache_state():
 
 def one_dtype(name, arrays):
     """Refuse arrays (or their types) that are not of one dtype, float32 or float64."""
-    dtypes = [str(a.dtype) for a in arrays]
+    dtypes = [str(getattr(a, "dtype", a)) for a in arrays]  # numba takes an array of foreign byte order for some object
     for dtype in dtypes:
         if dtype not in ("float32", "float64"):
             raise TypeError(f"{name} takes float32 or float64, not {dtype}: convert it with .astype(np.float32)")
@@ -335,7 +335,7 @@ inlined = register_jitable(inline="always")
 vector_function = register_jitable(error_model="numpy", forceinline=True)
 
 
-def kernel(function=None, *, exact=False, reads="", writes="", floats=""):
+def kernel(function=None, *, exact=False, reads="", writes="", floats="", name=""):
     """Compile ``function`` with numba at its first call: no Python objects, no GIL, cached on disk.
 
     Parameters
@@ -349,6 +349,8 @@ def kernel(function=None, *, exact=False, reads="", writes="", floats=""):
     floats : str
         Names of array parameters that must be float32 or float64, and all the same. This is looked at when arrays of new
         types come, and costs the calls nothing.
+    name : str
+        What errors call the kernel: the public function it serves. By default its own name.
 
     Raises
     ------
@@ -356,7 +358,8 @@ def kernel(function=None, *, exact=False, reads="", writes="", floats=""):
         From the kernel: arrays in ``floats`` are of other dtypes; one in ``writes`` is read-only.
     """
     if function is None:
-        return functools.partial(kernel, exact=exact, reads=reads, writes=writes, floats=floats)
+        return functools.partial(kernel, exact=exact, reads=reads, writes=writes, floats=floats, name=name)
+    function.__name__ = name or function.__name__
     dispatcher = numba.njit(nogil=True, error_model="numpy", no_cfunc_wrapper=True,
                             fastmath=False if exact else FASTMATH)(function)
     names = function.__code__.co_varnames[:function.__code__.co_argcount]
@@ -375,7 +378,8 @@ def kernel(function=None, *, exact=False, reads="", writes="", floats=""):
     def compile_once(signature):
         given, result = numba.core.sigutils.normalize_signature(signature)
         kinds = dict(zip(names, given, strict=True))
-        one_dtype(function.__name__.strip("_"), [kinds[name] for name in floats.split()])
+        halves = [kind for kind in given if getattr(kind, "dtype", None) == numba.types.float16]  # numba has no code for them
+        one_dtype(function.__name__.strip("_"), [kinds[name] for name in floats.split()] + halves)
         for name in writes.split():
             if not kinds[name].mutable:
                 raise ValueError(f"{name} is to be written to and is read-only: pass a copy")

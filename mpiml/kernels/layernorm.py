@@ -9,7 +9,7 @@ cancels is at most as many times the sum as there are vectors in a row.
 import numpy as np
 
 from .jit import kernel
-from .public import check_dtypes, contiguous_output, public, refuse
+from .public import contiguous_output, given, public, refuse
 from .registers import REGISTER
 from .simd import first_lanes, lanes, load, load_part, out_of_line, select, splat, sqrt, store, store_part
 from .tile import (
@@ -76,8 +76,10 @@ def _make_rows(size):
 _rows, _few_rows, _row = _make_rows(ROWS), _make_rows(FEW), _make_rows(1)
 
 
-@kernel(exact=True)
+@kernel(exact=True, floats="x weight bias y mean scale")
 def _layer_norm(x, weight, bias, eps, y, mean, scale):
+    if x.size == 0:
+        return
     many = len(x) // ROWS * ROWS if x.shape[1] * x.itemsize <= SHORT else 0
     few = many + (len(x) - many) // FEW * FEW
     _rows(x, 0, many, weight, bias, eps, y, mean, scale)
@@ -134,10 +136,12 @@ def _make_rows_vjp(size):
 _rows_vjp, _row_vjp = _make_rows_vjp(ROWS_VJP), _make_rows_vjp(1)
 
 
-@kernel(exact=True)
+@kernel(exact=True, floats="g x mean scale weight dx dweight dbias")
 def _layer_norm_vjp(g, x, mean, scale, weight, dx, dweight, dbias):
     dweight[:] = 0
     dbias[:] = 0
+    if x.size == 0:
+        return
     whole = len(x) // ROWS_VJP * ROWS_VJP
     _rows_vjp(g, 0, whole, x, mean, scale, weight, dx, dweight, dbias)
     _row_vjp(g, whole, len(x), x, mean, scale, weight, dx, dweight, dbias)
@@ -146,11 +150,12 @@ def _layer_norm_vjp(g, x, mean, scale, weight, dx, dweight, dbias):
 @public
 def _whole(array, x, value):
     """A weight or bias (features,) of the rows x, contiguous; None stands for ``value`` everywhere."""
+    whole = given(array, x.shape[1], x.dtype)
     if array is None:
-        return np.full(x.shape[1], value, x.dtype)
-    if array.shape != x.shape[1:]:
-        refuse("layer_norm of rows of shape {} takes a weight and bias of their length, not of shape {}", x.shape, array.shape)
-    return np.ascontiguousarray(array)
+        whole[:] = value
+    if whole.shape != x.shape[1:]:
+        refuse("layer_norm of rows of shape {} takes a weight and bias of their length, not of shape {}", x.shape, whole.shape)
+    return np.ascontiguousarray(whole)
 
 
 @public
@@ -176,26 +181,22 @@ def layer_norm(x, weight=None, bias=None, eps=1e-5, out=None):
     TypeError, ValueError
         Dtypes differ, or shapes do not belong together; as of :func:`layer_norm_vjp`.
     """
-    check_dtypes("layer_norm", x, weight, bias)
     if x.ndim != 2:
         refuse("layer_norm takes (rows, features), not {}: reshape the input", x.shape)
     y = contiguous_output(out, x.shape, x.dtype)
     mean, scale = np.empty(len(x), x.dtype), np.empty(len(x), x.dtype)
     weight, bias = _whole(weight, x, 1), _whole(bias, x, 0)
-    if x.size:
-        _layer_norm(np.ascontiguousarray(x), weight, bias, eps, y, mean, scale)
+    _layer_norm(np.ascontiguousarray(x), weight, bias, eps, y, mean, scale)
     return y, mean, scale
 
 
 @public
 def layer_norm_vjp(g, x, mean, scale, weight=None):
     """Gradients of ``y, mean, scale = layer_norm(x, weight, bias)`` for y: dx (rows, features), dweight, dbias (features,)."""
-    check_dtypes("layer_norm_vjp", g, x, mean, scale, weight)
     if x.ndim != 2 or g.shape != x.shape or mean.shape != x.shape[:1] or scale.shape != x.shape[:1]:
         refuse("layer_norm of rows of shape {} has a gradient of that shape, not {}, and a mean and scale for each row, not {}",
                x.shape, g.shape, mean.shape)
-    dx, dweight, dbias = np.empty(x.shape, x.dtype), np.zeros(x.shape[1], x.dtype), np.zeros(x.shape[1], x.dtype)
+    dx, dweight, dbias = np.empty(x.shape, x.dtype), np.empty(x.shape[1], x.dtype), np.empty(x.shape[1], x.dtype)
     weight = _whole(weight, x, 1)
-    if x.size:
-        _layer_norm_vjp(np.ascontiguousarray(g), np.ascontiguousarray(x), mean, scale, weight, dx, dweight, dbias)
+    _layer_norm_vjp(np.ascontiguousarray(g), np.ascontiguousarray(x), mean, scale, weight, dx, dweight, dbias)
     return dx, dweight, dbias

@@ -8,7 +8,7 @@ TypeError for other dtypes, ValueError for shapes that differ.
 from .elementwise import line, line_like, result_like
 from .jit import kernel, vector_function
 from .polynomial import exp_of_negative, log, number, sigmoid
-from .public import check_dtypes, public, refuse
+from .public import public, refuse
 from .simd import fabs, first_lanes, lanes, load, load_part, maximum, minimum, reduce_add, select, splat, store_part
 
 _STRETCH = 32  # vectors whose losses are added in the dtype of the data, before their sum goes to float64
@@ -53,9 +53,9 @@ def _binary_slope(x, target, _):
     return sigmoid(x) - target
 
 
-def _make_sum(function):
+def _make_sum(name, function):
     """A kernel for the sum of ``function(x, target, parameter)`` over flat arrays."""
-    @kernel(exact=True, reads="x target")
+    @kernel(exact=True, reads="x target", floats="x target", name=name)
     def run(x, target, parameter):
         step = lanes(x)
         parameters = splat(x.dtype.type(parameter))
@@ -75,9 +75,9 @@ def _make_sum(function):
     return run
 
 
-def _make_slope(function):
+def _make_slope(name, function):
     """A kernel for ``g`` times the slopes ``function(x, target, parameter)`` of flat arrays."""
-    @kernel(exact=True, reads="x target", writes="out")
+    @kernel(exact=True, reads="x target", writes="out", floats="x target out", name=name)
     def run(g, x, target, parameter, out):
         factor, parameters = splat(x.dtype.type(g)), splat(x.dtype.type(parameter))
         for i in range(0, x.size, lanes(x)):
@@ -88,21 +88,20 @@ def _make_slope(function):
     return run
 
 
-_sum_squared, _sum_absolute, _sum_huber, _sum_binary = map(_make_sum, (_squared, _absolute, _huber, _binary))
-_run_huber_vjp, _run_binary_vjp = map(_make_slope, (_huber_slope, _binary_slope))
+_sum_squared, _sum_absolute = _make_sum("squared", _squared), _make_sum("absolute", _absolute)
+_sum_huber, _run_huber_vjp = _make_sum("huber", _huber), _make_slope("huber_vjp", _huber_slope)
+_sum_binary, _run_binary_vjp = _make_sum("binary", _binary), _make_slope("binary_vjp", _binary_slope)
 
 
 @public
-def _summed(run, name, x, target, parameter):
-    check_dtypes(name, x, target)
+def _summed(run, x, target, parameter):
     if x.shape != target.shape:
         refuse("a loss compares arrays of one shape, not {} with {}", x.shape, target.shape)
     return run(line_like(x, x), line_like(target, x), parameter)
 
 
 @public
-def _slopes(run, name, g, x, target, parameter):
-    check_dtypes(name, x, target)
+def _slopes(run, g, x, target, parameter):
     if x.shape != target.shape:
         refuse("a loss compares arrays of one shape, not {} with {}", x.shape, target.shape)
     out = result_like(x, None)
@@ -113,34 +112,34 @@ def _slopes(run, name, g, x, target, parameter):
 @public
 def huber(x, target, delta):
     """Sum of e**2 / 2 where |e| <= delta, else delta * (|e| - delta / 2), with e = x - target (Huber 1964)."""
-    return _summed(_sum_huber, "huber", x, target, float(delta))
+    return _summed(_sum_huber, x, target, float(delta))
 
 
 @public
 def huber_vjp(g, x, target, delta):
     """Gradient for x of ``huber``; ``g`` is a scalar."""
-    return _slopes(_run_huber_vjp, "huber_vjp", g, x, target, float(delta))
+    return _slopes(_run_huber_vjp, g, x, target, float(delta))
 
 
 @public
 def squared(x, target):
     """Sum of (x - target)**2."""
-    return _summed(_sum_squared, "squared", x, target, 0.0)
+    return _summed(_sum_squared, x, target, 0.0)
 
 
 @public
 def absolute(x, target):
     """Sum of |x - target|."""
-    return _summed(_sum_absolute, "absolute", x, target, 0.0)
+    return _summed(_sum_absolute, x, target, 0.0)
 
 
 @public
 def binary(x, target):
     """Sum of -target * log(sigmoid(x)) - (1 - target) * log(1 - sigmoid(x)), finite for every finite x."""
-    return _summed(_sum_binary, "binary", x, target, 0.0)
+    return _summed(_sum_binary, x, target, 0.0)
 
 
 @public
 def binary_vjp(g, x, target):
     """Gradient for x of ``binary``; ``g`` is a scalar."""
-    return _slopes(_run_binary_vjp, "binary_vjp", g, x, target, 0.0)
+    return _slopes(_run_binary_vjp, g, x, target, 0.0)

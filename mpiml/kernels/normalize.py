@@ -27,7 +27,7 @@ from . import aligned
 from .jit import inlined, kernel
 from .normalize_columns import column_affine, column_affine_vjp, column_moments, column_products
 from .normalize_rows import row_affine, row_affine_vjp, row_moments, row_products
-from .public import check_dtypes, public, refuse
+from .public import given, public, refuse
 from .simd import lanes
 
 
@@ -54,9 +54,11 @@ def _block(x, b, samples, columns):
     return block.T if columns else block
 
 
-@kernel(exact=True, reads="x weight bias", writes="mean var y")
+@kernel(exact=True, reads="x weight bias", writes="mean var y", floats="x mean var weight bias y")
 def _standardize(x, samples, groups, eps, weight, bias, positive, measure, columns, mean, var, y):
     """y of x (n, c, m), of which mean and var (blocks, groups) are taken with ``measure``; ``columns``: the layout."""
+    if x.size == 0:
+        return
     each_alone = columns and samples == 1
     if measure and each_alone:
         column_moments(x, mean, var)
@@ -74,9 +76,11 @@ def _standardize(x, samples, groups, eps, weight, bias, positive, measure, colum
                        _block(y, b, samples, columns))
 
 
-@kernel(exact=True, reads="g x weight bias mean var", writes="out")
+@kernel(exact=True, reads="g x weight bias mean var", writes="out", floats="g x mean var weight bias out")
 def _standardize_vjp(g, x, samples, eps, weight, bias, positive, mean, var, measured, columns, out, dweight, dbias):
     """``out``, the gradient for x, and those for weight and bias. Statistics that were not ``measured`` are constants."""
+    if x.size == 0:
+        return
     n, c, m = x.shape
     blocks, groups = mean.shape
     each = c // groups
@@ -144,11 +148,9 @@ def _like(x, columns):
 @public
 def _given(array, x):
     """A weight or bias as the loops take it: ``array``, or one of size 0 for None."""
-    if array is None:
-        return np.empty(0, x.dtype)
-    if array.shape != x.shape[1:2]:
+    if array is not None and array.shape != x.shape[1:2]:
         refuse("a norm of an input of shape {} takes one number for each channel, not {}", x.shape, array.shape)
-    return array
+    return given(array, 0, x.dtype)
 
 
 @public
@@ -193,15 +195,13 @@ def standardize(x, samples=1, eps=1e-5, groups=0, weight=None, bias=None, relu=F
     ----------
     Ioffe and Szegedy 2015 (batch normalisation), Wu and He 2018 (group normalisation).
     """
-    check_dtypes("standardize", x, weight, bias)
     _check(x, samples, groups)
     columns = _in_columns(x, samples)
     x = _arranged(x, columns, samples)
     y = _like(x, columns)
     shape = (-(-len(x) // samples) if x.size else 0, groups or x.shape[1])
     mean, var = np.empty(shape, x.dtype), np.empty(shape, x.dtype)
-    if x.size:
-        _standardize(x, samples, shape[1], eps, _given(weight, x), _given(bias, x), relu, True, columns, mean, var, y)
+    _standardize(x, samples, shape[1], eps, _given(weight, x), _given(bias, x), relu, True, columns, mean, var, y)
     return y, mean, var
 
 
@@ -221,7 +221,6 @@ def standardize_vjp(g, x, mean, var, samples=1, eps=1e-5, weight=None, bias=None
     TypeError, ValueError
         As :func:`standardize`, or a ``g`` or statistics of shapes that do not belong to x.
     """
-    check_dtypes("standardize_vjp", g, x, mean, var, weight, bias)
     return _vjp(g, x, mean, var, samples, eps, weight, bias, relu, True)
 
 
@@ -235,9 +234,8 @@ def _vjp(g, x, mean, var, samples, eps, weight, bias, relu, measured):
     x, g = _arranged(x, columns, samples), _arranged(g, columns, samples)
     dx = _like(x, columns)
     dweight, dbias = np.zeros(x.shape[1], x.dtype), np.zeros(x.shape[1], x.dtype)
-    if x.size:
-        _standardize_vjp(g, x, samples, eps, _given(weight, x), _given(bias, x), relu, mean, var, measured, columns, dx,
-                         dweight, dbias)
+    _standardize_vjp(g, x, samples, eps, _given(weight, x), _given(bias, x), relu, mean, var, measured, columns, dx,
+                     dweight, dbias)
     return dx, dweight, dbias
 
 
@@ -250,7 +248,7 @@ def _samples_together(x):
 @public
 def _of_blocks(statistic, x, samples):
     """A statistic (c,) as that of each block."""
-    of_blocks = np.empty((-(-len(x) // samples), x.shape[1]), x.dtype)
+    of_blocks = np.empty((-(-len(x) // samples), x.shape[1]), statistic.dtype)
     of_blocks[:] = _given(statistic, x)
     return of_blocks
 
@@ -261,21 +259,18 @@ def standardize_by(x, mean, var, eps=1e-5, weight=None, bias=None, relu=False):
 
     The other arguments and the result are those of :func:`standardize`.
     """
-    check_dtypes("standardize_by", x, mean, var, weight, bias)
     _check(x, 1, 0)
     samples = _samples_together(x)
     columns = _in_columns(x, samples)
     x = _arranged(x, columns, samples)
     y = _like(x, columns)
-    if x.size:
-        mean, var = _of_blocks(mean, x, samples), _of_blocks(var, x, samples)
-        _standardize(x, samples, x.shape[1], eps, _given(weight, x), _given(bias, x), relu, False, columns, mean, var, y)
+    mean, var = _of_blocks(mean, x, samples), _of_blocks(var, x, samples)
+    _standardize(x, samples, x.shape[1], eps, _given(weight, x), _given(bias, x), relu, False, columns, mean, var, y)
     return y
 
 
 @public
 def standardize_by_vjp(g, x, mean, var, eps=1e-5, weight=None, bias=None, relu=False):
     """Gradients of :func:`standardize_by` for x, weight and bias, the statistics being constants."""
-    check_dtypes("standardize_by_vjp", g, x, mean, var, weight, bias)
     samples = _samples_together(x)
     return _vjp(g, x, _of_blocks(mean, x, samples), _of_blocks(var, x, samples), samples, eps, weight, bias, relu, False)

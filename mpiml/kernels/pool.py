@@ -9,7 +9,7 @@ import numpy as np
 from .conv import out_size
 from .jit import kernel, vector_function
 from .layout import images, innermost, is_batch_innermost
-from .public import check_dtypes, public, refuse
+from .public import public, refuse
 from .simd import (
     borrowed,
     filled,
@@ -57,8 +57,8 @@ def _max_column(x, i, window, y, index, to, count):
     store_whole(index, to, where, count)
 
 
-@kernel(exact=True, reads="x", writes="y index")
-def _max_pool(x, y, index, size, stride, padding):
+@kernel(exact=True, reads="x", writes="y index", floats="x y")
+def _max_pool2d(x, y, index, size, stride, padding):
     out_of_line()
     n, c, h, w = x.shape
     block, step = n * c, WIDTH * lanes(x)
@@ -82,8 +82,8 @@ def _max_part(g, index, at, place, x, to, overlap, count):
     store_part(x, to, part + load_wide(x, to, count, WIDTH) if overlap else part, count)
 
 
-@kernel(exact=True, reads="g index", writes="x")
-def _max_pool_vjp(g, index, x, size, stride, padding):
+@kernel(exact=True, reads="g index", writes="x", floats="g x")
+def _max_pool2d_vjp(g, index, x, size, stride, padding):
     """Each pixel of each window of x gets g where ``index`` says so; it is added to what is there if windows overlap.
 
     One pixel after the other: what is written in the order of memory takes a tenth less time where it is not in the cache.
@@ -133,8 +133,8 @@ def _mean_column(x, i, window, share, y, to, count):
     store_part(y, to, total * filled(total, share), count)
 
 
-@kernel(exact=True, reads="x", writes="y")
-def _avg_pool(x, y, size, stride, padding):
+@kernel(exact=True, reads="x", writes="y", floats="x y")
+def _avg_pool2d(x, y, size, stride, padding):
     out_of_line()
     n, c, h, w = x.shape
     block, step = n * c, WIDTH * lanes(x)
@@ -158,8 +158,8 @@ def _mean_part(g, at, share, x, to, overlap, count):
     store_part(x, to, part + load_wide(x, to, count, WIDTH) if overlap else part, count)
 
 
-@kernel(exact=True, reads="g", writes="x")
-def _avg_pool_vjp(g, x, size, stride, padding):
+@kernel(exact=True, reads="g", writes="x", floats="g x")
+def _avg_pool2d_vjp(g, x, size, stride, padding):
     """Each pixel of each window of x gets its share of g; pixel after pixel, as above."""
     out_of_line()
     n, c, h, w = x.shape
@@ -216,14 +216,13 @@ def max_pool2d(x, size, stride, padding=(0, 0)):
     ValueError
         Windows that find no place in the images, or too many pixels.
     """
-    check_dtypes("max_pool2d", x)
     n, c, oh, ow = _out_shape(x, size, stride, padding)
     if 2 * padding[0] > size[0] or 2 * padding[1] > size[1]:
         refuse("max_pool2d with windows of {} takes a padding of half of that at most, not {}", size, padding)
     if x.shape[2] * x.shape[3] > PIXELS:
         refuse("max_pool2d takes images of at most 2**24 pixels, not of shape {}", x.shape)
     y, index = images(n, c, oh, ow, x.dtype), images(n, c, oh, ow, np.int32)
-    _max_pool(innermost(x), y, index, size, stride, padding)
+    _max_pool2d(innermost(x), y, index, size, stride, padding)
     return y, index
 
 
@@ -234,13 +233,12 @@ def max_pool2d_vjp(g, index, x_shape, size, stride, padding=(0, 0)):
     ``index`` is what :func:`max_pool2d` returned with the same ``size``, ``stride`` and ``padding``; one of another shape
     than ``g`` is a ValueError.
     """
-    check_dtypes("max_pool2d_vjp", g)
     if g.shape != index.shape:
         refuse("max_pool2d_vjp takes a gradient and an index of one shape, not {} and {}", g.shape, index.shape)
     dx = images(x_shape[0], x_shape[1], x_shape[2], x_shape[3], g.dtype)
     if not is_batch_innermost(index):
         index = np.ascontiguousarray(index.transpose((2, 3, 1, 0))).transpose((3, 2, 0, 1))
-    _max_pool_vjp(innermost(g), index, dx, size, stride, padding)
+    _max_pool2d_vjp(innermost(g), index, dx, size, stride, padding)
     return dx
 
 
@@ -250,17 +248,15 @@ def avg_pool2d(x, size, stride, padding=(0, 0)):
 
     Shapes, layout and errors as for :func:`max_pool2d`.
     """
-    check_dtypes("avg_pool2d", x)
     n, c, oh, ow = _out_shape(x, size, stride, padding)
     y = images(n, c, oh, ow, x.dtype)
-    _avg_pool(innermost(x), y, size, stride, padding)
+    _avg_pool2d(innermost(x), y, size, stride, padding)
     return y
 
 
 @public
 def avg_pool2d_vjp(g, x_shape, size, stride, padding=(0, 0)):
     """Gradient for x, of shape ``x_shape``, from ``g`` (n, c, oh, ow)."""
-    check_dtypes("avg_pool2d_vjp", g)
     dx = images(x_shape[0], x_shape[1], x_shape[2], x_shape[3], g.dtype)
-    _avg_pool_vjp(innermost(g), dx, size, stride, padding)
+    _avg_pool2d_vjp(innermost(g), dx, size, stride, padding)
     return dx

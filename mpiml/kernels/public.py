@@ -11,8 +11,6 @@ from numba.extending import overload, register_jitable
 
 from . import aligned
 
-_FLOATS = np.dtype(np.float32), np.dtype(np.float64)
-
 
 def public(function):
     """Let ``function`` be called from Python and from ``@njit`` code, where a division by 0 is as in NumPy, no error."""
@@ -37,30 +35,10 @@ def _refuse(text, *values):
     return raises
 
 
-def check_dtypes(name, x, *others):
-    """Refuse an ``x`` that is not float32 or float64, and others of another dtype."""
-    dtype = x.dtype
-    if dtype not in _FLOATS:
-        raise TypeError(f"{name} takes float32 or float64, not {dtype}: convert it with .astype(np.float32)")
-    for other in others:
-        if other is not None and other.dtype != dtype:
-            raise TypeError(f"{name} got arrays of {dtype} and {other.dtype}: convert the first with "
-                            f".astype(np.{other.dtype}), or the other")
-
-
 def _each(arguments):
     """The types of ``*arguments``: numba gives an overload either them or one tuple type that holds them."""
     together = len(arguments) == 1 and isinstance(arguments[0], (tuple, numba.types.BaseTuple))
     return arguments[0] if together else arguments
-
-
-@overload(check_dtypes)
-def _check_dtypes(name, x, *others):
-    arrays = [x, *(other for other in _each(others) if isinstance(other, numba.types.Array))]
-    if len({a.dtype for a in arrays}) > 1 or x.dtype not in (numba.float32, numba.float64):
-        raise numba.errors.TypingError("a kernel of mpiml takes arrays of one dtype, float32 or float64, not "
-                                       + ", ".join(str(a.dtype) for a in arrays))
-    return lambda name, x, *others: None
 
 
 def check_writable(*arrays):
@@ -75,6 +53,19 @@ def _check_writable(*arrays):
     if any(isinstance(array, numba.types.Array) and not array.mutable for array in _each(arrays)):
         raise numba.errors.TypingError("a kernel of mpiml is to write to a read-only array")
     return lambda *arrays: None
+
+
+def given(array, shape, dtype):
+    """``array``, or one of this shape and dtype that holds anything if it is None."""
+    return np.empty(shape, dtype) if array is None else array
+
+
+@overload(given)
+def _given(array, shape, dtype):
+    # Decided by types: what stands after "is None" would have to be of one type in both cases, of one dtype, too.
+    if isinstance(array, numba.types.Array):
+        return lambda array, shape, dtype: array
+    return lambda array, shape, dtype: np.empty(shape, dtype)
 
 
 @public

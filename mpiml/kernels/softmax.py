@@ -12,7 +12,7 @@ import numpy as np
 from . import aligned
 from .jit import kernel, vector_function
 from .polynomial import exp_of_negative, log
-from .public import check_dtypes, matrix, output, public, refuse
+from .public import matrix, output, public, refuse
 from .simd import (
     borrowed,
     first_lanes,
@@ -141,7 +141,7 @@ def log_totals(totals):
 
 # --- Softmax --------------------------------------------------------------------------------------------------
 
-@kernel(exact=True, reads="x", writes="y")
+@kernel(exact=True, reads="x", writes="y", floats="x y")
 def _softmax(x, y):
     rows, n = x.shape
     tops, totals = np.ones(BLOCK, x.dtype), np.ones(BLOCK, x.dtype)
@@ -157,7 +157,7 @@ def _softmax(x, y):
     in_use(scratch)
 
 
-@kernel(exact=True, reads="x", writes="y")
+@kernel(exact=True, reads="x", writes="y", floats="x y")
 def _log_softmax(x, y):
     rows, n = x.shape
     step = lanes(x)
@@ -188,9 +188,9 @@ def _log_softmax_slope(g, y, total):
     return g - exp_of_negative(y) * total
 
 
-def _make_vjp(slope, weighted):
+def _make_vjp(name, slope, weighted):
     """The kernel of a vjp: ``slope`` of g, y and the row's sum of g, or of g * y where it is ``weighted``."""
-    @kernel(exact=True, reads="g y", writes="out")
+    @kernel(exact=True, reads="g y", writes="out", floats="g y out", name=name)
     def vjp(g, y, out):
         rows, n = g.shape
         step = lanes(g)
@@ -210,63 +210,60 @@ def _make_vjp(slope, weighted):
     return vjp
 
 
-_softmax_vjp, _log_softmax_vjp = _make_vjp(_softmax_slope, True), _make_vjp(_log_softmax_slope, False)
+_softmax_vjp = _make_vjp("softmax_vjp", _softmax_slope, True)
+_log_softmax_vjp = _make_vjp("log_softmax_vjp", _log_softmax_slope, False)
 
 
 @public
-def _by_rows(run, name, x, out):
+def _by_rows(run, x, out):
     """``run(x, y)`` for the rows of arrays (..., n); the result in ``out``, if there is one."""
-    check_dtypes(name, x)
     y = output(out, x.shape, x.dtype)
-    if x.size:
-        whole = np.ascontiguousarray(y)
-        run(matrix(np.ascontiguousarray(x)), matrix(whole))
-        if out is not None:
-            y[...] = whole
+    whole = np.ascontiguousarray(y)
+    run(matrix(np.ascontiguousarray(x)), matrix(whole))
+    if out is not None:
+        y[...] = whole
     return y
 
 
 @public
-def _by_rows_vjp(run, name, g, y, out):
+def _by_rows_vjp(run, g, y, out):
     """``run(g, y, result)``, in the same way."""
-    check_dtypes(name, g, y)
     if g.shape != y.shape:
         refuse("a gradient of shape {} for a result of shape {}", g.shape, y.shape)
     result = output(out, g.shape, g.dtype)
-    if g.size:
-        whole = np.ascontiguousarray(result)
-        run(matrix(np.ascontiguousarray(g)), matrix(np.ascontiguousarray(y)), matrix(whole))
-        if out is not None:
-            result[...] = whole
+    whole = np.ascontiguousarray(result)
+    run(matrix(np.ascontiguousarray(g)), matrix(np.ascontiguousarray(y)), matrix(whole))
+    if out is not None:
+        result[...] = whole
     return result
 
 
 @public
 def softmax(x, out=None):
     """exp(x) / sum(exp(x)) over the last axis of ``x`` (..., classes), float32 or float64, without overflow."""
-    return _by_rows(_softmax, "softmax", x, out)
+    return _by_rows(_softmax, x, out)
 
 
 @public
 def softmax_vjp(g, y, out=None):
     """Gradient for x of ``y = softmax(x)``."""
-    return _by_rows_vjp(_softmax_vjp, "softmax_vjp", g, y, out)
+    return _by_rows_vjp(_softmax_vjp, g, y, out)
 
 
 @public
 def log_softmax(x, out=None):
     """x - log(sum(exp(x))) over the last axis of ``x`` (..., classes), float32 or float64, without overflow."""
-    return _by_rows(_log_softmax, "log_softmax", x, out)
+    return _by_rows(_log_softmax, x, out)
 
 
 @public
 def log_softmax_vjp(g, y, out=None):
     """Gradient for x of ``y = log_softmax(x)``."""
-    return _by_rows_vjp(_log_softmax_vjp, "log_softmax_vjp", g, y, out)
+    return _by_rows_vjp(_log_softmax_vjp, g, y, out)
 
 
-@kernel(exact=True, reads="x")
-def _log_sum_exp(x, y):
+@kernel(exact=True, reads="x", floats="x y")
+def _logsumexp(x, y):
     rows, n = x.shape
     tops, totals = np.ones(BLOCK, x.dtype), np.ones(BLOCK, x.dtype)
     block = block_rows(n)
@@ -282,19 +279,28 @@ def _log_sum_exp(x, y):
 @public
 def logsumexp(x):
     """log(sum(exp(x))) over the last axis of ``x`` (..., n), float32 or float64, without overflow: an array (...)."""
-    check_dtypes("logsumexp", x)
     if x.shape[-1] == 0:
         refuse("logsumexp takes at least one number in each row, not an input of shape {}", x.shape)
     y = np.empty(x.shape[:-1], x.dtype)
-    if x.size:
-        _log_sum_exp(matrix(np.ascontiguousarray(x)), y.reshape(-1))
+    _logsumexp(matrix(np.ascontiguousarray(x)), y.reshape(-1))
     return y
+
+
+@kernel(exact=True, reads="g x y", writes="p", floats="x g y p")
+def _logsumexp_vjp(g, x, y, p):
+    """p becomes the softmax of rows x, each times its element of g; of y only the dtype is looked at."""
+    _softmax(x, p)
+    n = p.shape[1]
+    for i in range(len(p)):
+        row_scale(p, i * n, n, g[i])
 
 
 @public
 def logsumexp_vjp(g, x, y):
     """Gradient for x of ``y = logsumexp(x)``: softmax(x), weighted with ``g`` (...)."""
-    check_dtypes("logsumexp_vjp", g, x, y)
     if g.shape != y.shape or x.shape[:-1] != y.shape:
         refuse("gradients of shape {} for results of shape {} of an input of shape {}", g.shape, y.shape, x.shape)
-    return softmax(x) * g[..., None]
+    p = np.empty(x.shape, x.dtype)
+    _logsumexp_vjp(np.ascontiguousarray(g).reshape(-1), matrix(np.ascontiguousarray(x)), np.ascontiguousarray(y).reshape(-1),
+                   matrix(p))
+    return p

@@ -11,10 +11,10 @@ which are scaled so.
 import numpy as np
 
 from .jit import kernel
-from .public import check_dtypes, check_writable, public, refuse
+from .public import check_writable, public, refuse
 
 
-@kernel
+@kernel(floats="w g velocity")
 def _sgd(w, g, velocity, lr, momentum, nesterov, weight_decay):
     t = w.dtype.type  # a float64 among float32 numbers would make the whole line one of float64
     lr, momentum, weight_decay = t(lr), t(momentum), t(weight_decay)
@@ -32,7 +32,7 @@ def _sgd(w, g, velocity, lr, momentum, nesterov, weight_decay):
         g[i] = t(0)
 
 
-@kernel
+@kernel(floats="w g m v")
 def _adam(w, g, m, v, lr, beta1, beta2, rest1, rest2, correction1, correction2, eps, l2, decay):
     t = w.dtype.type
     beta1, beta2, rest1, rest2, eps, l2 = t(beta1), t(beta2), t(rest1), t(rest2), t(eps), t(l2)
@@ -49,8 +49,8 @@ def _adam(w, g, m, v, lr, beta1, beta2, rest1, rest2, correction1, correction2, 
         g[i] = t(0)
 
 
-@kernel
-def _length(x):
+@kernel(floats="x")
+def _norm(x):
     """Euclidean norm, accumulated in float64."""
     total = 0.0
     for i in range(x.size):
@@ -69,7 +69,7 @@ def _are_bounds(bounds, adapt, n):
     return True
 
 
-@kernel
+@kernel(floats="w g velocity")
 def _lars(w, g, velocity, bounds, adapt, lr, momentum, weight_decay, trust, eps):
     if not _are_bounds(bounds, adapt, len(w)):
         return False
@@ -81,7 +81,7 @@ def _lars(w, g, velocity, bounds, adapt, lr, momentum, weight_decay, trust, eps)
         rate, decay = lr, 0.0
         if adapt[p]:
             decay = weight_decay
-            size, slope = _length(wp), _length(gp)
+            size, slope = _norm(wp), _norm(gp)
             if size > 0 and slope > 0:
                 rate = lr * trust * size / (slope + decay * size + eps)
         rate, decay = t(rate), t(decay)
@@ -93,7 +93,7 @@ def _lars(w, g, velocity, bounds, adapt, lr, momentum, weight_decay, trust, eps)
     return True
 
 
-@kernel
+@kernel(floats="w g m v")
 def _lamb(w, g, m, v, bounds, adapt, lr, beta1, beta2, rest1, rest2, correction1, correction2, eps, weight_decay):
     if not _are_bounds(bounds, adapt, len(w)):
         return False
@@ -112,7 +112,7 @@ def _lamb(w, g, m, v, bounds, adapt, lr, beta1, beta2, rest1, rest2, correction1
             gp[i] = first * a / (np.sqrt(b) * root + eps) + decay * wp[i]  # the step, for its norm
         rate = lr
         if adapt[p]:
-            size, step = _length(wp), _length(gp)
+            size, step = _norm(wp), _norm(gp)
             if size > 0 and step > 0:
                 rate = lr * size / step
         rate = t(rate)
@@ -122,7 +122,7 @@ def _lamb(w, g, m, v, bounds, adapt, lr, beta1, beta2, rest1, rest2, correction1
     return True
 
 
-@kernel
+@kernel(floats="g")
 def _scale(g, factor):
     total, factor = g.dtype.type(0), g.dtype.type(factor)
     for i in range(g.size):
@@ -133,7 +133,6 @@ def _scale(g, factor):
 
 @public
 def _check(name, w, g, m, v):
-    check_dtypes(name, w, g, m, v)
     check_writable(w, g, m, v)
     if w.ndim != 1 or g.shape != w.shape or m.shape != w.shape or v.shape != w.shape:
         refuse("{} updates vectors of one length, not of shapes {}, {}, {} and {}", name, w.shape, g.shape, m.shape, v.shape)
@@ -221,7 +220,7 @@ def lamb(w, g, m, v, bounds, adapt, lr, beta1, beta2, rest1, rest2, correction1,
 def norm(g):
     """Euclidean norm of the contiguous vector ``g`` (n,), accumulated in float64."""
     _check("norm", g, g, g, g)
-    return _length(g)
+    return _norm(g)
 
 
 @public

@@ -269,7 +269,7 @@ def _products(u, u_plane, v, v_plane, m, m_plane, outputs, channels, columns, x,
                             panel if columns > full else full, False)
 
 
-@kernel(exact=True, reads="x weight bias", writes="y")
+@kernel(exact=True, reads="x weight bias", writes="y", floats="x weight bias y", name="conv2d")
 def convolve_by_values(x, weight, bias, relu, y, padding, backward):
     """As :func:`direct.convolve`, for a weight of 3 x 3 without strides, dilation and groups."""
     out_of_line()

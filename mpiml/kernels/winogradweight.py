@@ -162,7 +162,7 @@ def _move_sums(sums, total):
         store(sums, i, splat(sums.dtype.type(0)))
 
 
-@kernel(exact=True, reads="g x", writes="dw")
+@kernel(exact=True, reads="g x", writes="dw", floats="g x dw", name="conv2d_vjp_weight")
 def weight_gradient_by_values(g, x, dw, padding):
     """``conv2d_vjp_weight`` of ``g`` and ``x`` that lie batch innermost, for 3 x 3 without strides, dilation and groups.
 
