@@ -49,8 +49,7 @@ def images(n, c, h, w, dtype):
 
 
 def array(shape, dtype):
-    """A new array, as ``np.empty``, that begins at a line where it is large."""
-    dtype = np.dtype(dtype)
+    """A new array of a NumPy dtype, as ``np.empty``, that begins at a line where it is large."""
     return np.empty(shape, dtype) if math.prod(shape) * dtype.itemsize < LARGE else _place(np.empty, shape, dtype)
 
 
