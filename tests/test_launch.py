@@ -109,7 +109,7 @@ def test_a_failing_rank_ends_the_job(fault, ranks, tmp_path):
 OUT_OF_STEP = {
     "exit0": r"rank 1 has left the program, but rank 0 waits for it in the gradient sum of \d+ float32 in step 20",
     "alone": r"rank 1 in Allgather of 1 uint64 in evaluate, but ranks 0, 2-3 in the gradient sum of \d+ float32 in step 20",
-    "swapped": r"rank 1 in the gradient sum of \d+ float32 in step 0, but ranks 0, 2-3 in the gradient sum .* in step 20",
+    "swapped": r"rank 1 in .* in step 0, but ranks 0, 2-3 in the gradient sum .* in step 20",
     "caught": r"RankError: the ranks are no longer in step: rank 1 in .* in step 21, but ranks 0, 2-3 in .* in step 20",
     "short": r"the ranks wait for each other, for ever: rank 0 in B\(0, 0\) in step 20, but rank 1 in ",
     "SIGSEGV": "",  # the launcher sees it

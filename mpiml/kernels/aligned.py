@@ -49,7 +49,8 @@ def images(n, c, h, w, dtype):
 
 
 def array(shape, dtype):
-    """A new array of a NumPy dtype, as ``np.empty``, that begins at a line where it is large."""
+    """A new array, as ``np.empty``, that begins at a line where it is large."""
+    dtype = np.dtype(dtype)
     return np.empty(shape, dtype) if math.prod(shape) * dtype.itemsize < LARGE else _place(np.empty, shape, dtype)
 
 
