@@ -14,7 +14,7 @@ from mpiml.schedule import B, F, W
 from mpiml.tensor import Tensor, backward
 
 
-def _compute(chunk, loss, input, step, *target):
+def _output(chunk, loss, input, step, *target):
     output = chunk(input, step)
     return loss(output, *target) if target else output
 
@@ -47,7 +47,7 @@ class Interpreter:
     def __init__(self, part, loss, recompute, watch, twins=None, replay=False):
         self.part, self.recompute, self.watch = part, recompute, watch
         self.last = len(part.bounds) - 1
-        self.functions = {c: functools.partial(_compute, chunk, loss) for c, chunk in part.chunks.items()}
+        self.functions = {c: functools.partial(_output, chunk, loss) for c, chunk in part.chunks.items()}
         if replay:
             self.functions = {c: Replay(function, part.chunks[c]) for c, function in self.functions.items()}
         self.twins, self.tensors = twins, twins and list(twins.values())
