@@ -30,6 +30,7 @@ bench: .venv/bench
 	python benchmarks/mlp.py
 	python benchmarks/models.py
 	python benchmarks/kernels.py
+	python benchmarks/start.py --cold 3
 	env -u OPENBLAS_CORETYPE mpirun -n 2 python benchmarks/pipeline.py
 	mpirun -n 2 python benchmarks/checkpoint.py
 	python benchmarks/applications.py
