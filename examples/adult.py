@@ -3,34 +3,30 @@
     mpirun -n 2 python examples/adult.py --data FOLDER      # with adult-train.csv and adult-test.csv; or set MPIML_DATA
 """
 
-import argparse
-from pathlib import Path
 
+from mpiml.arguments import count, new_file
 from mpiml.data import Features, Labels, clean, find, read_csv, split
 from mpiml.fit import Best, EarlyStopping, fit
 from mpiml.metrics import correct
 from mpiml.nn import Linear, Sequential
 from mpiml.ops import cross_entropy, relu
 from mpiml.optim import Adam
-from mpiml.parallel import Grid, evaluate, place
+from mpiml.parallel import ArgumentParser, Grid, evaluate, place
 
 NAMES = ["age", "workclass", "fnlwgt", "education", "education-num", "marital-status", "occupation", "relationship", "race",
          "sex", "capital-gain", "capital-loss", "hours-per-week", "native-country", "income"]
 
-parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser = ArgumentParser(description=__doc__)
 parser.add_argument("--data", metavar="FOLDER", help="with adult-train.csv and adult-test.csv; default: $MPIML_DATA")
-parser.add_argument("--epochs", type=int, default=30, help="at most (default %(default)s)")
-parser.add_argument("--batch", type=int, default=256, help="samples per step, over all ranks (default %(default)s)")
+parser.add_argument("--epochs", type=count, default=30, help="at most (default %(default)s)")
+parser.add_argument("--batch", type=count, default=256, help="samples per step, over all ranks (default %(default)s)")
 parser.add_argument("--lr", type=float, default=1e-3, help="learning rate (default %(default)s)")
 parser.add_argument("--seed", type=int, default=0)
-parser.add_argument("--lanes", type=int, default=8,
+parser.add_argument("--lanes", type=count, default=8,
                     help="pieces of each batch: the same bits on up to so many ranks (default %(default)s)")
-parser.add_argument("--save", metavar="FILE", help="write the model to this safetensors file, for python -m mpiml predict")
+parser.add_argument("--save", type=new_file, metavar="FILE",
+                    help="write the model to this safetensors file, for python -m mpiml predict")
 args = parser.parse_args()
-if args.epochs < 1:
-    parser.error(f"--epochs must be 1 at least, not {args.epochs}")
-if args.save and not Path(args.save).absolute().parent.is_dir():
-    parser.error(f"--save {args.save}: there is no such folder")
 try:
     files = [find(name, args.data) for name in ("adult-train.csv", "adult-test.csv")]
 except FileNotFoundError as error:

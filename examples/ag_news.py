@@ -4,40 +4,36 @@
     mpirun -n 2 python examples/ag_news.py --model conv --save news.safetensors
 """
 
-import argparse
 from functools import partial
-from pathlib import Path
 
+from mpiml.arguments import count, new_file
 from mpiml.data import Labels, TextFeatures, find, read_csv, split
 from mpiml.fit import fit
 from mpiml.metrics import correct
 from mpiml.nn import Conv1d, Dropout, Embedding, EmbeddingBag, LayerNorm, Linear, Module, Positions, SelfAttention, Sequential
 from mpiml.ops import cross_entropy, masked_mean, max, relu, transpose
 from mpiml.optim import Adam, cosine
-from mpiml.parallel import Grid, place
+from mpiml.parallel import ArgumentParser, Grid, place
 
 NAMES = ["class", "title", "description"]  # of the columns; the file has no header
 KINDS = {"1": "world", "2": "sports", "3": "business", "4": "science"}
 
-parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser = ArgumentParser(description=__doc__)
 parser.add_argument("--data", metavar="FOLDER", help="with ag_news_test.csv; default: $MPIML_DATA")
 parser.add_argument("--model", choices=["bag", "conv", "attention"], default="bag")
-parser.add_argument("--epochs", type=int, default=5)
-parser.add_argument("--batch", type=int, default=64, help="samples per step, over all ranks (default %(default)s)")
+parser.add_argument("--epochs", type=count, default=5)
+parser.add_argument("--batch", type=count, default=64, help="samples per step, over all ranks (default %(default)s)")
 parser.add_argument("--lr", type=float, help="first learning rate (default: 0.005, attention 0.002)")
-parser.add_argument("--length", type=int, default=64, help="words of each text, the rest is cut off (default %(default)s)")
+parser.add_argument("--length", type=count, default=64, help="words of each text, the rest is cut off (default %(default)s)")
 parser.add_argument("--seed", type=int, default=0)
-parser.add_argument("--lanes", type=int, help="pieces of each batch: with them, the same bits on any number of ranks")
+parser.add_argument("--lanes", type=count, help="pieces of each batch: with them, the same bits on any number of ranks")
 parser.add_argument("--run", metavar="FOLDER", help="keep a log and checkpoints in this folder")
 parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in it, if there is one")
-parser.add_argument("--save", metavar="FILE", help="write the model to this file, for python -m mpiml predict (not: attention)")
+parser.add_argument("--save", type=new_file, metavar="FILE",
+                    help="write the model to this file, for python -m mpiml predict (not: attention)")
 args = parser.parse_args()
-if args.epochs < 1:
-    parser.error(f"--epochs must be 1 at least, not {args.epochs}")
 if args.resume and not args.run:
     parser.error("--resume needs --run FOLDER")
-if args.save and not Path(args.save).absolute().parent.is_dir():
-    parser.error(f"--save {args.save}: there is no such folder")
 if args.save and args.model == "attention":
     parser.error("--save: the layer Attention is this example's own, which python -m mpiml predict does not know")
 try:

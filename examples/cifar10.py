@@ -4,37 +4,32 @@
     mpirun -n 2 python examples/cifar10.py --model densenet --run run    # keeps a log and checkpoints in the folder "run"
 """
 
-import argparse
 from functools import partial
 from hashlib import sha256
-from pathlib import Path
 
+from mpiml.arguments import count, new_file
 from mpiml.data import Labels, cifar10, colors, crop_and_flip
 from mpiml.fit import fit
 from mpiml.metrics import correct
 from mpiml.nn import AvgPool2d, BatchNorm2d, Concatenate, Conv2d, Flatten, Linear, Residual, Sequential
 from mpiml.ops import cross_entropy, identity, relu
 from mpiml.optim import SGD, cosine, warmup
-from mpiml.parallel import Grid, place
+from mpiml.parallel import ArgumentParser, Grid, place
 
-parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser = ArgumentParser(description=__doc__)
 parser.add_argument("--model", choices=["resnet20", "densenet"], default="resnet20")
-parser.add_argument("--epochs", type=int, default=15)
-parser.add_argument("--batch", type=int, default=64, help="samples per step, over all ranks (default %(default)s)")
+parser.add_argument("--epochs", type=count, default=15)
+parser.add_argument("--batch", type=count, default=64, help="samples per step, over all ranks (default %(default)s)")
 parser.add_argument("--lr", type=float, default=0.1, help="highest learning rate (default %(default)s)")
 parser.add_argument("--data", metavar="FOLDER", help="with the binary files; default: $MPIML_DATA, cache, download")
 parser.add_argument("--seed", type=int, default=0)
-parser.add_argument("--lanes", type=int, help="pieces of each batch: with them, the same bits on any number of ranks")
-parser.add_argument("--save", metavar="FILE", help="write the model to this file, for python -m mpiml predict")
+parser.add_argument("--lanes", type=count, help="pieces of each batch: with them, the same bits on any number of ranks")
+parser.add_argument("--save", type=new_file, metavar="FILE", help="write the model to this file, for python -m mpiml predict")
 parser.add_argument("--run", metavar="FOLDER", help="keep a log and checkpoints in this folder")
 parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in it, if there is one")
 args = parser.parse_args()
-if args.epochs < 1:
-    parser.error(f"--epochs must be 1 at least, not {args.epochs}")
 if args.resume and not args.run:
     parser.error("--resume needs --run FOLDER")
-if args.save and not Path(args.save).absolute().parent.is_dir():
-    parser.error(f"--save {args.save}: there is no such folder")
 
 
 KINDS = "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"

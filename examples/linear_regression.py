@@ -5,24 +5,25 @@
 Without data, it takes penguins that are made up.
 """
 
-import argparse
 
 import numpy as np
 
+from mpiml.arguments import count, new_file
 from mpiml.data import Features, Number, Table, clean, find, read_csv
 from mpiml.fit import EarlyStopping, fit
 from mpiml.nn import Linear, Sequential
 from mpiml.ops import mse_loss
 from mpiml.optim import SGD
-from mpiml.parallel import Grid, place, predict
+from mpiml.parallel import ArgumentParser, Grid, place, predict
 from mpiml.random import generator
 
-parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser = ArgumentParser(description=__doc__)
 parser.add_argument("--data", metavar="FOLDER", help="with penguins.csv; default: $MPIML_DATA, or made-up numbers")
-parser.add_argument("--epochs", type=int, default=2000, help="at most (default %(default)s)")
+parser.add_argument("--epochs", type=count, default=2000, help="at most (default %(default)s)")
 parser.add_argument("--lr", type=float, default=0.2, help="learning rate (default %(default)s)")
 parser.add_argument("--seed", type=int, default=0)
-parser.add_argument("--save", metavar="FILE", help="write the model to this safetensors file, for python -m mpiml predict")
+parser.add_argument("--save", type=new_file, metavar="FILE",
+                    help="write the model to this safetensors file, for python -m mpiml predict")
 args = parser.parse_args()
 
 MEASURES, MASS = ["bill_length_mm", "bill_depth_mm", "flipper_length_mm"], "body_mass_g"

@@ -7,40 +7,35 @@
     python -m mpiml predict mnist.safetensors images.npy
 """
 
-import argparse
 from hashlib import sha256
-from pathlib import Path
 
+from mpiml.arguments import count, new_file
 from mpiml.data import Labels, mnist, pixels
 from mpiml.fit import fit
 from mpiml.metrics import correct
 from mpiml.nn import Conv2d, Flatten, Linear, MaxPool2d, Sequential
 from mpiml.ops import cross_entropy, relu
 from mpiml.optim import Adam, cosine
-from mpiml.parallel import Grid, Watch, place
+from mpiml.parallel import ArgumentParser, Grid, Watch, place
 
-parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("--epochs", type=int, default=5)
-parser.add_argument("--batch", type=int, default=128, help="samples per step, over all ranks (default %(default)s)")
+parser = ArgumentParser(description=__doc__)
+parser.add_argument("--epochs", type=count, default=5)
+parser.add_argument("--batch", type=count, default=128, help="samples per step, over all ranks (default %(default)s)")
 parser.add_argument("--lr", type=float, default=2e-3, help="first learning rate (default %(default)s)")
 parser.add_argument("--model", choices=["mlp", "cnn"], default="mlp")
 parser.add_argument("--data", metavar="FOLDER", help="with the MNIST IDX files; default: $MPIML_DATA, cache, download")
 parser.add_argument("--seed", type=int, default=0)
 parser.add_argument("--dtype", choices=["float32", "float64"], default="float32")
-parser.add_argument("--lanes", type=int, help="pieces of each batch: with them, the same bits on any number of ranks")
+parser.add_argument("--lanes", type=count, help="pieces of each batch: with them, the same bits on any number of ranks")
 parser.add_argument("--replay", action="store_true", help="repeat the step as a program: the same bits, a little faster")
-parser.add_argument("--save", metavar="FILE", help="write the model to this safetensors file at the end")
+parser.add_argument("--save", type=new_file, metavar="FILE", help="write the model to this safetensors file at the end")
 parser.add_argument("--run", metavar="FOLDER", help="keep a log, and checkpoints to go on from, in this folder")
-parser.add_argument("--every", type=int, metavar="STEPS", help="steps from one checkpoint to the next (default: 10 minutes)")
+parser.add_argument("--every", type=count, metavar="STEPS", help="steps from one checkpoint to the next (default: 10 minutes)")
 parser.add_argument("--resume", nargs="?", type=int, const=True, default=False, metavar="STEP",
                     help="go on from the newest checkpoint, if there is one, or from that of this step")
 args = parser.parse_args()
-if args.epochs < 1:
-    parser.error(f"--epochs must be 1 at least, not {args.epochs}")
 if not args.run and (args.resume or args.every):
     parser.error("--resume and --every need --run FOLDER")
-if args.save and not Path(args.save).absolute().parent.is_dir():
-    parser.error(f"--save {args.save}: there is no such folder")
 
 
 def mlp(height, width):

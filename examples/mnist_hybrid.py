@@ -6,48 +6,44 @@
     mpirun -n 4 python examples/mnist_hybrid.py --run FOLDER --resume    # goes on where it was stopped
 """
 
-import argparse
 import math
 from pathlib import Path
 
+from mpiml.arguments import count, new_file
 from mpiml.data import Labels, mnist, pixels
 from mpiml.fit import fit
 from mpiml.metrics import correct
 from mpiml.nn import Conv2d, Flatten, Linear, MaxPool2d, Sequential
 from mpiml.ops import cross_entropy, relu
 from mpiml.optim import SGD, cosine
-from mpiml.parallel import Grid, Watch, place, profile
+from mpiml.parallel import ArgumentParser, Grid, Watch, place, profile
 from mpiml.schedule import SCHEDULES
 
-parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("--pipe", type=int, help="stages (default: 4, 2 or 1, what the number of ranks is a multiple of)")
-parser.add_argument("--microbatches", type=int, help="in each replica's share of a batch (default: 2 for each stage)")
-parser.add_argument("--lanes", type=int, help="pieces of each batch, instead: with them, the same bits on any grid")
+parser = ArgumentParser(description=__doc__)
+parser.add_argument("--pipe", type=count, help="stages (default: 4, 2 or 1, what the number of ranks is a multiple of)")
+parser.add_argument("--microbatches", type=count, help="in each replica's share of a batch (default: 2 for each stage)")
+parser.add_argument("--lanes", type=count, help="pieces of each batch, instead: with them, the same bits on any grid")
 parser.add_argument("--schedule", choices=SCHEDULES, default="one_f_one_b")
 parser.add_argument("--model", choices=["mlp", "cnn"], default="mlp")
-parser.add_argument("--epochs", type=int, default=5)
-parser.add_argument("--batch", type=int, default=128, help="samples per step, over all ranks (default %(default)s)")
+parser.add_argument("--epochs", type=count, default=5)
+parser.add_argument("--batch", type=count, default=128, help="samples per step, over all ranks (default %(default)s)")
 parser.add_argument("--lr", type=float, default=0.02, help="first learning rate (default %(default)s)")
 parser.add_argument("--data", metavar="FOLDER", help="with the MNIST IDX files; default: $MPIML_DATA, cache, download")
 parser.add_argument("--seed", type=int, default=0)
 parser.add_argument("--dtype", choices=["float32", "float64"], default="float32")
-parser.add_argument("--draw", metavar="FILE", help="write a picture of a step, simulated and measured (.svg, .png)")
-parser.add_argument("--trace", metavar="FILE", help="write what all ranks did, for ui.perfetto.dev")
-parser.add_argument("--save", metavar="FILE", help="write the model to this safetensors file at the end")
+parser.add_argument("--draw", type=new_file, metavar="FILE",
+                    help="write a picture of a step, simulated and measured (.svg, .png)")
+parser.add_argument("--trace", type=new_file, metavar="FILE", help="write what all ranks did, for ui.perfetto.dev")
+parser.add_argument("--save", type=new_file, metavar="FILE", help="write the model to this safetensors file at the end")
 parser.add_argument("--run", metavar="FOLDER", help="keep a log, and checkpoints to go on from, in this folder")
-parser.add_argument("--every", type=int, metavar="STEPS", help="steps from one checkpoint to the next (default: 10 minutes)")
+parser.add_argument("--every", type=count, metavar="STEPS", help="steps from one checkpoint to the next (default: 10 minutes)")
 parser.add_argument("--resume", nargs="?", type=int, const=True, default=False, metavar="STEP",
                     help="go on from the newest checkpoint, if there is one, or from that of this step")
 args = parser.parse_args()
-if args.epochs < 1:
-    parser.error(f"--epochs must be 1 at least, not {args.epochs}")
 if args.lanes and args.microbatches:
     parser.error("--lanes are the micro-batches of the whole batch: leave out --microbatches")
 if not args.run and (args.resume or args.every):
     parser.error("--resume and --every need --run FOLDER")
-for file in args.draw, args.trace, args.save:
-    if file and not Path(file).absolute().parent.is_dir():
-        parser.error(f"{file}: there is no such folder")
 if args.draw and Path(args.draw).suffix not in (".svg", ".png", ".pdf"):
     parser.error(f"--draw {args.draw}: a picture ends in .svg, .png or .pdf")
 

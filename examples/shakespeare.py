@@ -6,42 +6,40 @@
     mpirun -n 2 python examples/shakespeare.py --run run --resume --prompt "My lord" --sample 500     # when all is learnt
 """
 
-import argparse
 from hashlib import sha256
 
 import numpy as np
 
+from mpiml.arguments import count
 from mpiml.data import Vocabulary, batches, find, read_text, windows
 from mpiml.fit import fit
 from mpiml.nn import Dropout, Embedding, LayerNorm, Linear, Positions, Residual, SelfAttention, Sequential
 from mpiml.ops import cross_entropy, gelu, softmax
 from mpiml.optim import AdamW, cosine, warmup
-from mpiml.parallel import Grid, place, predict
+from mpiml.parallel import ArgumentParser, Grid, place, predict
 from mpiml.random import generator
 
-parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser = ArgumentParser(description=__doc__)
 parser.add_argument("--data", metavar="FOLDER", help="with tinyshakespeare.txt; default: $MPIML_DATA")
 parser.add_argument("--text", metavar="FILE", help="learn from this text instead")
 parser.add_argument("--repair", action="store_true", help="take bytes of it that are not UTF-8 for unknown characters")
-parser.add_argument("--epochs", type=int, default=4, help="of two passes through the text each (default %(default)s)")
-parser.add_argument("--batch", type=int, default=16, help="windows of text per step, over all ranks (default %(default)s)")
-parser.add_argument("--context", type=int, default=128, help="letters in a window (default %(default)s)")
-parser.add_argument("--width", type=int, default=128)
-parser.add_argument("--heads", type=int, default=4)
-parser.add_argument("--layers", type=int, default=4)
+parser.add_argument("--epochs", type=count, default=4, help="of two passes through the text each (default %(default)s)")
+parser.add_argument("--batch", type=count, default=16, help="windows of text per step, over all ranks (default %(default)s)")
+parser.add_argument("--context", type=count, default=128, help="letters in a window (default %(default)s)")
+parser.add_argument("--width", type=count, default=128)
+parser.add_argument("--heads", type=count, default=4)
+parser.add_argument("--layers", type=count, default=4)
 parser.add_argument("--dropout", type=float, default=0.1)
 parser.add_argument("--lr", type=float, default=2e-3, help="highest learning rate (default %(default)s)")
 parser.add_argument("--seed", type=int, default=0)
-parser.add_argument("--pipe", type=int, default=1, help="stages of the pipeline (default %(default)s: none)")
-parser.add_argument("--lanes", type=int, help="pieces of each batch: with them, the same bits on any grid")
+parser.add_argument("--pipe", type=count, default=1, help="stages of the pipeline (default %(default)s: none)")
+parser.add_argument("--lanes", type=count, help="pieces of each batch: with them, the same bits on any grid")
 parser.add_argument("--run", metavar="FOLDER", help="keep a log and checkpoints in this folder")
 parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in it, if there is one")
 parser.add_argument("--sample", type=int, default=300, metavar="N", help="letters to write at the end (default %(default)s)")
 parser.add_argument("--prompt", default="\n", help="what they follow")
 parser.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest letter (default %(default)s)")
 args = parser.parse_args()
-if args.epochs < 1:
-    parser.error(f"--epochs must be 1 at least, not {args.epochs}")
 if args.resume and not args.run:
     parser.error("--resume needs --run FOLDER")
 if args.temperature < 0 or not args.prompt:

@@ -7,6 +7,7 @@ import sys
 from mpiml import check as findings
 from mpiml import cores, patience, restart
 from mpiml import report as reports
+from mpiml.arguments import count, duration
 from mpiml.kernels.warmup import warm_up
 from mpiml.schedule import SCHEDULES, picture, simulate, text
 
@@ -85,31 +86,17 @@ def report(args):
     print(f"open {args.out} in a browser")
 
 
-def whole(text):
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"a whole number above 0, not {text}")
-    return number
-
-
-def time(text):
-    number = float(text)
-    if not number >= 0:
-        raise argparse.ArgumentTypeError(f"a time is 0 or more, not {text}")
-    return number
-
-
 def main():
     parser = argparse.ArgumentParser(prog="python -m mpiml", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     command = commands.add_parser("draw", help=draw.__doc__, description=draw.__doc__)
     command.add_argument("schedule", choices=SCHEDULES, metavar="SCHEDULE", help=", ".join(SCHEDULES))
-    command.add_argument("stages", type=whole, metavar="STAGES")
-    command.add_argument("microbatches", type=whole, metavar="MICROBATCHES")
-    command.add_argument("--chunks", type=whole, help="chunks of the model on each stage (interleaved; default 2)")
+    command.add_argument("stages", type=count, metavar="STAGES")
+    command.add_argument("microbatches", type=count, metavar="MICROBATCHES")
+    command.add_argument("--chunks", type=count, help="chunks of the model on each stage (interleaved; default 2)")
     for name, what in ("forward", "a forward pass F"), ("backward", "the input's gradient B"), ("weight", "the weights' W"):
-        command.add_argument(f"--{name}", type=time, default=1.0, metavar="TIME", help=f"time of {what} (default 1)")
-    command.add_argument("--message", type=time, default=0.0, metavar="TIME", help="time of a message (default 0)")
+        command.add_argument(f"--{name}", type=duration, default=1.0, metavar="TIME", help=f"time of {what} (default 1)")
+    command.add_argument("--message", type=duration, default=0.0, metavar="TIME", help="time of a message (default 0)")
     command.add_argument("--out", metavar="FILE", help="also write a picture: .svg, .png or .pdf")
     command.set_defaults(run=draw)
     command = commands.add_parser("warmup", help=warmup.__doc__, description=warmup.__doc__)
@@ -119,8 +106,8 @@ def main():
     command = commands.add_parser("check", help=check.__doc__, description=check.__doc__)
     command.set_defaults(run=check)
     command = commands.add_parser("run", help=run.__doc__, description=run.__doc__)
-    command.add_argument("--restarts", type=whole, default=3, metavar="N", help="how often (default %(default)s)")
-    command.add_argument("--fewer", type=whole, default=0, metavar="N", help="so many ranks less (-n) at each restart")
+    command.add_argument("--restarts", type=count, default=3, metavar="N", help="how often (default %(default)s)")
+    command.add_argument("--fewer", type=count, default=0, metavar="N", help="so many ranks less (-n) at each restart")
     command.add_argument("job", nargs=argparse.REMAINDER, metavar="COMMAND ...", help="the launcher's command")
     command.set_defaults(run=run)
     command = commands.add_parser("predict", help=predict.__doc__.splitlines()[0], description=predict.__doc__)
@@ -129,7 +116,7 @@ def main():
     command.add_argument("--out", metavar="OUTPUT", help="where to write (.csv, .npy); default: to the standard output, as CSV")
     command.add_argument("--only", action="store_true", help="leave out the input's own columns")
     command.add_argument("--force", action="store_true", help="replace OUTPUT if it exists")
-    command.add_argument("--pipe", type=whole, default=1, metavar="P", help="stages to cut the model into (default 1)")
+    command.add_argument("--pipe", type=count, default=1, metavar="P", help="stages to cut the model into (default 1)")
     command.set_defaults(run=predict)
     command = commands.add_parser("report", help=report.__doc__, description=report.__doc__)
     command.add_argument("folders", nargs="+", metavar="RUN", help="the folder of a run")

@@ -221,6 +221,26 @@ def test_wrong_options_are_explained_once(tmp_path):
     run = mpirun(4, "examples/mnist_dp.py", "--batch", "3", timeout=60)
     assert run.code != 0
     assert "a batch of 3 cannot be shared by 4 ranks" in run.err
+    for option, error in [("--btach=3", "unrecognized arguments: --btach=3"),
+                            ("--batch=0", "argument --batch: a whole number above 0, not 0"),
+                            (f"--save={tmp_path}/none/m", f"argument --save: {tmp_path}/none/m: there is no such folder")]:
+        run = mpirun(4, "examples/mnist_dp.py", option, timeout=60)
+        assert run.code == 2
+        assert run.err.count(f"error: {error}\n") == run.err.count("usage:") == 1, run.err
+
+
+def test_one_rank_prints_the_help():
+    run = mpirun(3, "examples/mnist_dp.py", "--help", timeout=60)
+    assert (run.code, run.out.count("usage:"), run.err) == (0, 1, "")
+
+
+def test_an_option_that_one_rank_alone_refuses_ends_the_job():
+    run = mpirun(3, "-c", "from mpiml.parallel import ArgumentParser, Grid\n"
+                 "from mpi4py import MPI\n"
+                 "if MPI.COMM_WORLD.rank == 2: ArgumentParser(prog='job').error('rank 2 has no such folder')\n"
+                 "Grid()", timeout=60)
+    assert run.code == 2
+    assert run.err.count("job: error: rank 2 has no such folder") == 1
 
 
 def test_a_terminal_sees_a_progress_bar():

@@ -18,6 +18,7 @@ from . import abort
 abort.install(MPI.COMM_WORLD)
 
 from .abort import leave  # noqa: E402
+from .arguments import ArgumentParser  # noqa: E402
 from .error import RankError, RanksLost  # noqa: E402
 from .evaluate import evaluate  # noqa: E402
 from .gradient import gradient  # noqa: E402
@@ -28,5 +29,5 @@ from .profile import Profile, profile  # noqa: E402
 from .progress import progress  # noqa: E402
 from .watch import Watch  # noqa: E402
 
-__all__ = ["Grid", "Part", "Profile", "RankError", "RanksLost", "Watch", "evaluate", "gradient", "leave", "place", "predict",
-           "profile", "progress"]
+__all__ = ["ArgumentParser", "Grid", "Part", "Profile", "RankError", "RanksLost", "Watch", "evaluate", "gradient", "leave",
+           "place", "predict", "profile", "progress"]

@@ -23,7 +23,7 @@ from mpiml import restart
 
 # Of several ranks with an error only the first needs to speak: it ends the job before the others' turn. Those who
 # did not cause an error that all found together wait longer.
-_TURN, _COURTESY = 1.2, 2.5  # seconds
+TURN, _COURTESY = 1.2, 2.5  # seconds
 _LAST = 20  # seconds that the words at the end, and MPI, may take
 
 farewells_of_survivors = []  # in place of partings, a barrier of the ranks that are left, if any were lost
@@ -125,7 +125,7 @@ def install(comm):
             ranks = range(comm.size)
         revoked = isinstance(error, MPI.Exception) and error.Get_error_class() == MPI.ERR_REVOKED  # by one who knows why
         if comm.rank != min(ranks) or revoked:
-            time.sleep(_TURN if comm.rank in ranks and not revoked else _COURTESY)
+            time.sleep(TURN if comm.rank in ranks and not revoked else _COURTESY)
         end("".join(traceback.format_exception(kind, error, trace)), 130 if issubclass(kind, KeyboardInterrupt) else 1)
 
     def report_thread(args):
