@@ -222,8 +222,8 @@ def test_wrong_options_are_explained_once(tmp_path):
     assert run.code != 0
     assert "a batch of 3 cannot be shared by 4 ranks" in run.err
     for option, error in [("--btach=3", "unrecognized arguments: --btach=3"),
-                            ("--batch=0", "argument --batch: a whole number above 0, not 0"),
-                            (f"--save={tmp_path}/none/m", f"argument --save: {tmp_path}/none/m: there is no such folder")]:
+                           ("--batch=0", "argument --batch: a whole number above 0, not 0"),
+                           (f"--save={tmp_path}/none/m", f"argument --save: {tmp_path}/none/m: there is no such folder")]:
         run = mpirun(4, "examples/mnist_dp.py", option, timeout=60)
         assert run.code == 2
         assert run.err.count(f"error: {error}\n") == run.err.count("usage:") == 1, run.err

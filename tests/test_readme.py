@@ -12,6 +12,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 OFFLINE = {"HTTPS_PROXY": "http://127.0.0.1:9"}
 
 FAULTS = {  # the first words of each row of the table "If something goes wrong": the tests of what it says
+    "a wrong option": "test_launch.test_wrong_options_are_explained_once",
     "an exception on one rank": "test_launch.test_a_failing_rank_ends_the_job test_killed.test_a_job_that_is_disturbed",
     "`sys.exit(n)`": "test_launch.test_sys_exit_on_one_rank_ends_the_job_with_its_status",
     "a rank leaves the program": "test_launch.test_ranks_that_part_company_do_not_hang",
