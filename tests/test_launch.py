@@ -226,7 +226,7 @@ def test_wrong_options_are_explained_once(tmp_path):
                            (f"--save={tmp_path}/none/m", f"argument --save: {tmp_path}/none/m: there is no such folder")]:
         run = mpirun(4, "examples/mnist_dp.py", option, timeout=60)
         assert run.code == 2
-        assert run.err.count(f"error: {error}\n") == run.err.count("usage:") == 1, run.err
+        assert run.err.count(f"error: {error}\n") == run.err.count("error:") == run.err.count("usage:") == 1, run.err
 
 
 def test_one_rank_prints_the_help():

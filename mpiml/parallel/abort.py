@@ -99,6 +99,7 @@ def end(text, code, summary=None):
         forget_segments()
     finally:
         comm.Abort(code)
+        time.sleep(_LAST)  # MPICH's may return before the launcher ends the job, and the program must not go on
 
 
 def leave(text):
