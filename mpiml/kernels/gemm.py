@@ -33,7 +33,7 @@ import numpy as np
 
 from .jit import inlined, kernel, vector_function
 from .registers import REGISTER
-from .simd import at, flat, lanes, out_of_line, splat
+from .simd import at, flat, lanes, out_of_line, prefetch, splat
 from .tile import at_least, fetch_tile, load_row, load_tile, outer, store_tile, turn_part, zero_tile
 
 # The registers of AVX-512 and NEON (32) and of AVX2 (16) hold these tiles and one row and column besides.
@@ -59,10 +59,14 @@ def make_tiles(size, vectors, masked):
               relu):
         count = columns if masked else None
         for _ in range(rows // size):
-            fetch_tile(c, ci + size * c_row, c_row, registers, vectors)  # the next one: 5 to 10 % where c is not in cache
+            fetch_tile(c, ci + size * c_row, c_row, registers, vectors, 3)  # the next one: 5 to 10 % where c is not in cache
             acc = load_tile(start, si, s_row, count, registers, vectors) if started else zero_tile(c, registers)
             i, j = ai, bi
+            ahead, step = ai + size * a_row, a_step if a_row == 1 else size
             for _ in range(inner):
+                prefetch(a, ahead)
+                fetch_tile(b, j + vectors * lanes(c), 0, vectors, vectors, 2)
+                ahead += step
                 acc = outer(acc, a, i, a_row, load_row(b, j, count, vectors))
                 i += a_step
                 j += b_step
