@@ -183,53 +183,46 @@ def pack(b, bi, b_step, b_column, inner, columns, panels):
                 k * whole_tiles(columns, panels))
 
 
-@kernel(exact=True, reads="a start", writes="c")
-def _packed_product(a, ai, a_row, a_step, panels, start, si, s_row, c, ci, c_row, rows, inner, columns, started, relu):
-    """c = start + a b for a packed b: of each block of b's rows on c is what the next one begins with."""
+@kernel(exact=True, reads="a b start", writes="c")
+def _product(a, ai, a_row, a_step, b, bi, b_step, packed, start, si, s_row, c, ci, c_row, rows, inner, columns, started,
+             relu):
+    """c = start + a b, for a ``b`` as it lies or ``packed``: of each block of its rows on c is what the next begins with."""
     out_of_line()
-    width = VECTORS * lanes(c)
+    width, most = VECTORS * lanes(c), INNER if packed else max(inner, 1)
     for i in range(0, rows, BLOCK):
         m = min(BLOCK, rows - i)
-        for k in range(0, max(inner, 1), INNER):
-            depth = min(INNER, inner - k)
-            last = k + depth == inner
-            panel = k * whole_tiles(columns, c)
+        for k in range(0, max(inner, 1), most):
+            depth = min(most, inner - k)
             for j in range(0, columns, width):
                 here = ci + i * c_row + j
-                if k:
-                    _column_of_tiles(a, ai + i * a_row + k * a_step, a_row, a_step, panels, panel + j * depth, width,
-                                     c, here, c_row, c, here, c_row, m, depth, 0, min(width, columns - j), True,
-                                     relu and last)
-                else:
-                    _column_of_tiles(a, ai + i * a_row, a_row, a_step, panels, panel + j * depth, width, start,
-                                     si + i * s_row + j, s_row, c, here, c_row, m, depth, 0, min(width, columns - j),
-                                     started, relu and last)
+                s, sj, step = (c, here, c_row) if k else (start, si + i * s_row + j, s_row)
+                panel, b_next = (k * whole_tiles(columns, c) + j * depth, width) if packed else (k * b_step + j, b_step)
+                _column_of_tiles(a, ai + i * a_row + k * a_step, a_row, a_step, b, bi + panel, b_next, s, sj, step,
+                                 c, here, c_row, m, depth, 0, min(width, columns - j), started or k > 0,
+                                 relu and k + depth == inner)
 
 
 @inlined
 def packed_product(a, ai, a_row, a_step, panels, c, ci, c_row, rows, inner, columns, add):
     """c = a b or c += a b, with the ``panels`` to which :func:`pack` copied ``b``."""
-    _packed_product(flat(a), ai, a_row, a_step, panels, flat(c), ci, c_row, flat(c), ci, c_row, rows, inner, columns, add,
-                    False)
+    _product(flat(a), ai, a_row, a_step, flat(panels), 0, 0, True, flat(c), ci, c_row, flat(c), ci, c_row, rows, inner, columns,
+             add, False)
 
 
 @kernel(exact=True, reads="a b start", writes="c")
 def _gemm(a, ai, a_row, a_step, b, bi, b_step, b_column, start, si, s_row, c, ci, c_row, rows, inner, columns, started, relu):
     """c = a b, or with ``started`` start + a b; then max(., 0) with ``relu``."""
     out_of_line()
-    width = VECTORS * lanes(c)
     if b_column == 1 and (rows <= BLOCK or inner * columns * c.itemsize <= DIRECT):
-        for i in range(0, rows, BLOCK):
-            for j in range(0, columns, width):
-                _column_of_tiles(a, ai + i * a_row, a_row, a_step, b, bi + j, b_step, start, si + i * s_row + j, s_row,
-                                 c, ci + i * c_row + j, c_row, min(BLOCK, rows - i), inner, 0, min(width, columns - j),
-                                 started, relu)
+        _product(a, ai, a_row, a_step, b, bi, b_step, False, start, si, s_row, c, ci, c_row, rows, inner, columns, started,
+                 relu)
         return
     panels = np.empty(inner * whole_tiles(min(columns, OUTER), c), c.dtype)
     for j in range(0, columns, OUTER):
         n = min(OUTER, columns - j)
         pack(b, bi + j * b_column, b_step, b_column, inner, n, panels)
-        _packed_product(a, ai, a_row, a_step, panels, start, si + j, s_row, c, ci + j, c_row, rows, inner, n, started, relu)
+        _product(a, ai, a_row, a_step, flat(panels), 0, 0, True, start, si + j, s_row, c, ci + j, c_row, rows, inner, n,
+                 started, relu)
 
 
 @inlined
