@@ -13,7 +13,7 @@ import pytest
 from numba.core.errors import TypingError
 
 from mpiml import cores
-from mpiml.kernels import jit
+from mpiml.kernels import cache, jit
 
 CAPS = ["OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "BLIS_NUM_THREADS", "VECLIB_MAXIMUM_THREADS",
         "NUMBA_NUM_THREADS"]
@@ -297,9 +297,9 @@ def test_the_lock_of_a_killed_process_is_free(tmp_path, monkeypatch):
 @pytest.fixture
 def own_lock(tmp_path, monkeypatch):
     """A lock that no other process uses."""
-    lock = jit._NodeLock()
-    monkeypatch.setattr(jit.tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setattr(jit, "_lock", lock)
+    lock = cache.NodeLock()
+    monkeypatch.setattr(cache.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(cache, "lock", lock)
     return lock
 
 
@@ -331,8 +331,8 @@ def test_threads_that_compile_at_once(own_lock, monkeypatch):
             compiling.set()
             time.sleep(0.1)  # the other thread comes in meanwhile
 
-    monkeypatch.setattr(jit._NodeCache, "save_overload", lambda *args: None)
-    monkeypatch.setattr(jit._NodeCache, "_load", load)
+    monkeypatch.setattr(cache.NodeCache, "save_overload", lambda *args: None)
+    monkeypatch.setattr(cache.NodeCache, "_load", load)
     first, second = jit.kernel(lambda x: x + 1), jit.kernel(lambda x: x * 2)
     thread = threading.Thread(target=first, args=(10.0,))
     thread.start()
@@ -346,10 +346,10 @@ def test_threads_that_compile_at_once(own_lock, monkeypatch):
 @pytest.mark.parametrize("trouble", ["folder", "lock"])
 def test_without_a_lock_it_compiles_all_the_same(trouble, own_lock, tmp_path, monkeypatch):
     fcntl = pytest.importorskip("fcntl")
-    monkeypatch.setattr(jit._NodeCache, "save_overload", lambda *args: None)
-    monkeypatch.setattr(jit._NodeCache, "_load", lambda *args: None)
+    monkeypatch.setattr(cache.NodeCache, "save_overload", lambda *args: None)
+    monkeypatch.setattr(cache.NodeCache, "_load", lambda *args: None)
     if trouble == "folder":
-        monkeypatch.setattr(jit.tempfile, "tempdir", str(tmp_path / "nowhere"))
+        monkeypatch.setattr(cache.tempfile, "tempdir", str(tmp_path / "nowhere"))
     else:
         def refuse(*args):
             raise OSError(37, "No locks available")

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from mpiml import kernels
-from mpiml.kernels import jit, warmup
+from mpiml.kernels import cache, warmup
 from mpiml.kernels.jit import kernel
 from mpiml.kernels.simd import flat, load, out_of_line, reduce_add
 
@@ -237,8 +237,8 @@ def test_eight_processes_compile_each_kernel_once(family):
 @pytest.fixture
 def uncached(monkeypatch):
     """Every kernel is compiled here: loaded ones do not tell how they were made."""
-    monkeypatch.setattr(jit._NodeCache, "load_overload", lambda *args: None)
-    monkeypatch.setattr(jit._NodeCache, "save_overload", lambda *args: None)
+    monkeypatch.setattr(cache.NodeCache, "load_overload", lambda *args: None)
+    monkeypatch.setattr(cache.NodeCache, "save_overload", lambda *args: None)
 
 
 def test_a_number_written_in_a_call_is_no_reason_to_compile_again(uncached):

@@ -4,7 +4,8 @@ A vjp ("vector-Jacobian product") maps the gradient ``g`` for the output to the 
 
 To read them all, begin with how they are made and what they are made of, then follow a family:
 
-- ``jit`` compiles, ``public`` checks arguments; ``update`` and ``dropout`` are plain loops that need nothing else;
+- ``jit`` compiles, ``cache`` keeps what it compiled on disk, ``public`` checks arguments; ``update`` and ``dropout`` are
+  plain loops that need nothing else;
 - ``registers``, ``simd``: vectors as values; ``polynomial``: exp and log of them; with these ``elementwise``, ``loss``,
   ``gather``, ``softmax``, ``crossentropy``, ``convert``;
 - ``tile``: several vectors at once; with these ``gemm``, ``dense``, ``layernorm``, and ``scores``, ``flash``, ``attention``;

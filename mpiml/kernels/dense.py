@@ -100,8 +100,6 @@ def _linear_vjp(g, x, weight, y, dx, dweight, dbias, add):
                 for j in range(outputs):
                     masked[i, j] = g[first + i, j] if y[first + i, j] > 0 else g.dtype.type(0)
             here, top = masked, 0
-        if dbias.size:
-            _add_rows(here, top, count, dbias)
         if dx.size and not turn_weight:
             gemm(weight, 0, across, 1, here, top * outputs, 1, outputs, turned, 0, count, inputs, outputs, count, False)
             transpose(turned, 0, count, inputs, count, dx, first * inputs, inputs)
@@ -116,6 +114,8 @@ def _linear_vjp(g, x, weight, y, dx, dweight, dbias, add):
             else:  # its transpose, x' g
                 gemm(x, at_x, x_column, x_row, here, top * outputs, outputs, 1, dweight, 0, dweight.strides[1] // size,
                      inputs, count, outputs, more)
+        if dbias.size:
+            _add_rows(here, top, count, dbias)
     return True
 
 

@@ -15,6 +15,7 @@ from numba.extending import intrinsic
 
 from .registers import (
     INT,
+    REGISTER,
     Vector,
     emit_call,
     emit_counts,
@@ -117,19 +118,21 @@ def store_tile(typing, tile, a, i, stride, count, vectors):
 
 
 @intrinsic(prefer_literal=True)
-def fetch_tile(typing, a, i, stride, size, vectors):
-    """Have the memory of a tile, laid out as for :func:`load_tile`, brought into the cache while the work goes on."""
-    kind, width, n = Vector(a.dtype), vectors.literal_value, size.literal_value
+def fetch_tile(typing, a, i, stride, size, vectors, near):
+    """Have the memory of a tile, laid out as for :func:`load_tile`, brought into the first or second cache meanwhile."""
+    kind, width, n, level = Vector(a.dtype), vectors.literal_value, size.literal_value, near.literal_value
+    line = max(1, 64 // REGISTER)  # vectors in a line of the cache
 
     def code(context, builder, signature, args):
         position = args[1]
         for _ in range(n // width):
-            for j in range(width):
-                emit_fetch(builder, emit_pointer(context, builder, a, args[0], emit_moved(builder, position, j * kind.lanes)))
+            for j in range(0, width, line):
+                emit_fetch(builder, emit_pointer(context, builder, a, args[0], emit_moved(builder, position, j * kind.lanes)),
+                           level)
             position = builder.add(position, args[2])
         return context.get_dummy_value()
 
-    return types.none(a, types.intp, types.intp, size, vectors), code
+    return types.none(a, types.intp, types.intp, size, vectors, near), code
 
 
 @intrinsic(prefer_literal=True)
