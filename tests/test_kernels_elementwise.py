@@ -145,6 +145,31 @@ def test_dropout_mask_of_old():
     np.testing.assert_array_equal(y[0] != 0, words >= 2**31)
 
 
+def philox(counter, key):
+    """Philox 4x32-10 in Python's numbers of any size."""
+    (a, b, c, d), (k0, k1) = counter, key
+    for _ in range(10):
+        left, right = 0xD2511F53 * a, 0xCD9E8D57 * c
+        a, b, c, d = right >> 32 ^ b ^ k0, right % 2**32, left >> 32 ^ d ^ k1, left % 2**32
+        k0, k1 = (k0 + 0x9E3779B9) % 2**32, (k1 + 0xBB67AE85) % 2**32
+    return a, b, c, d
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [1, 6, 256, 300, 517])
+def test_dropout_masks_by_their_definition(size, dtype):
+    key, first = 0xFEDCBA9876543210, 2**32 - 1  # samples on both sides of what 32 bits hold
+    x = np.random.default_rng(0).standard_normal((2, size)).astype(dtype)
+    x[0, 0] = np.nan
+    x[1, -1] = np.inf
+    y = k.dropout(x, 0.4, key, first)
+    for sample in range(2):
+        high, low = divmod(first + sample, 2**32)
+        words = [w for i in range(-(-size // 4)) for w in philox((i, 0, low, high), (key % 2**32, key >> 32))][:size]
+        kept = np.array(words) >= 0.4 * 2**32
+        np.testing.assert_array_equal(y[sample], np.where(kept, x[sample] * dtype(1 / 0.6), dtype(0)))
+
+
 @settings(deadline=None, max_examples=25, derandomize=True)
 @given(rows=st.integers(1, 40), classes=st.integers(1, 70), dtype=st.sampled_from(DTYPES),
        smoothing=st.sampled_from([0.0, 0.1]), seed=st.integers(0, 99))
@@ -157,7 +182,12 @@ def test_label_loss(rows, classes, dtype, smoothing, seed):
     loss, p = k.label_loss(read_only(x), labels, smoothing)
     assert loss == pytest.approx(float(expected.detach()), rel=TOLERANCE[dtype], abs=TOLERANCE[dtype])
     expected.backward()
-    close(k.label_loss_vjp(1.0, p, labels, smoothing, out=p), theirs.grad.numpy(), dtype)
+    for g in 0.5, 1.0:
+        gradient = k.label_loss_vjp(g, p, labels, smoothing)
+        np.testing.assert_array_equal(k.label_loss_vjp(g, p.copy(), labels, smoothing, out=np.empty_like(p)), gradient)
+        q = p.copy()
+        np.testing.assert_array_equal(k.label_loss_vjp(g, q, labels, smoothing, out=q), gradient)
+        close(gradient, g * theirs.grad.numpy(), dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -200,6 +230,7 @@ def test_rows_do_not_depend_on_the_batch(n, dtype):
     (ValueError, "has gaps", lambda x: k.tanh(x, out=np.empty((2, 6), np.float32)[:, ::2])),
     (ValueError, "label 3 at position 1", lambda x: k.label_loss(x, np.array([0, 3]))),
     (ValueError, "one label a row", lambda x: k.label_loss(x, np.array([0]))),
+    (ValueError, "C-contiguous out", lambda x: k.label_loss_vjp(1.0, x, np.zeros(2, int), out=np.empty((3, 2), x.dtype).T)),
     (ValueError, "one shape", lambda x: k.squared(x, x[0])),
 ])
 def test_errors(error, words, f):

@@ -10,8 +10,9 @@ group norm   samples = 1            groups
 
 Two memory layouts are worked on where they lie: *rows*, in which the places of a channel follow each other, and
 *columns*, (m, c, n) in memory, in which the samples do. A sum over samples and places does not mind which is which: a block
-of samples in columns is one of rows with its axes turned round. But where each sample has its own statistics, what is
-applied to a place of columns is a vector of c * n coefficients, see :mod:`mpiml.kernels.normalize_columns`.
+of samples in columns is one of rows with its axes turned round. But where each sample has its own statistics, or so few
+have them together that they do not fill a vector, what is applied to a place of columns is a vector of c * n coefficients,
+see :mod:`mpiml.kernels.normalize_columns`.
 
 Variances are taken about the mean, or about one so far (Chan, Golub and LeVeque 1983, "Algorithms for computing the sample
 variance"), so the mean may be large. Sums over a sample's channel have one partial sum for each remainder of the place by
@@ -54,21 +55,26 @@ def _block(x, b, samples, columns):
     return block.T if columns else block
 
 
+@inlined
+def _by_places(x, samples, columns):
+    """Whether coefficients are applied to one place after the other: where the samples of a block do not fill a vector."""
+    return columns and min(samples, len(x)) < lanes(x) <= len(x) * x.shape[1]
+
+
 @kernel(exact=True, reads="x weight bias", writes="mean var y", floats="x mean var weight bias y")
 def _standardize(x, samples, groups, eps, weight, bias, positive, measure, columns, mean, var, y):
     """y of x (n, c, m), of which mean and var (blocks, groups) are taken with ``measure``; ``columns``: the layout."""
     if x.size == 0:
         return
-    each_alone = columns and samples == 1
-    if measure and each_alone:
+    if measure and columns and samples == 1:
         column_moments(x, mean, var)
     elif measure:
         for b in range(len(mean)):
             row_moments(_block(x, b, samples, columns), mean[b], var[b])
     scale, offset = _coefficients(var, x.shape[1], eps, weight, bias)
     # The vjp's form of these kernels takes a g and a slope, too; here anything of their types stands in their place.
-    if each_alone:
-        column_affine(x, x, mean, scale, offset, offset, offset, positive, y)
+    if _by_places(x, samples, columns):
+        column_affine(x, x, samples, mean, scale, offset, offset, offset, positive, y)
     else:
         for b in range(len(mean)):
             block = _block(x, b, samples, columns)
@@ -87,8 +93,7 @@ def _standardize_vjp(g, x, samples, eps, weight, bias, positive, mean, var, meas
     t = x.dtype.type
     total, product = np.empty((blocks, c), x.dtype), np.empty((blocks, c), x.dtype)
     scale, offset = _coefficients(var, c, eps, weight, bias)
-    each_alone = columns and samples == 1
-    if each_alone:
+    if columns and samples == 1:
         column_products(g, x, mean, scale, offset, positive, total, product)
     else:
         for b in range(blocks):
@@ -114,8 +119,8 @@ def _standardize_vjp(g, x, samples, eps, weight, bias, positive, mean, var, meas
                 for ch in range(group * each, (group + 1) * each):
                     slope[b, ch] = -inverse * inverse * inverse * (sum_gd / count)
                     shift[b, ch] = -inverse * (sum_g / count)
-    if each_alone:
-        column_affine_vjp(g, x, mean, scale, offset, slope, shift, positive, out)
+    if _by_places(x, samples, columns):
+        column_affine_vjp(g, x, samples, mean, scale, offset, slope, shift, positive, out)
     else:
         for b in range(blocks):
             row_affine_vjp(_block(g, b, samples, columns), _block(x, b, samples, columns), mean[b], scale[b], offset[b],

@@ -1,4 +1,4 @@
-"""Standardising each sample of arrays (n, c, m) that lie in memory as (m, c, n): sums of columns, and what is done with them.
+"""Standardising few samples of arrays (n, c, m) that lie in memory as (m, c, n): sums of columns, and what is done with them.
 
 See :mod:`mpiml.kernels.normalize`. A place is a row of k = c * n columns, taken in whole vectors; where their number does
 not come out even, the last vector begins earlier and overlaps the one before. Several rows are taken at a time.
@@ -151,7 +151,7 @@ def column_moments(x, mean, var):
                     mean[i, group] += rest[i, group]
                 else:
                     mean[i, group] = rest[i, group]
-        off = expand(mean, c)
+        off = expand(mean, 1, n, c)
 
 
 @kernel(exact=True)
@@ -162,22 +162,23 @@ def column_products(g, x, mean, scale, offset, relu, total, product):
     k, width, size = n * c, lanes(x), x.itemsize
     shape = (width, -(-k // width) * width)
     totals, products = np.zeros(shape, x.dtype), np.zeros(shape, x.dtype)
-    _add_products(g, g.strides[2] // size, x, x.strides[2] // size, m, k, expand(mean, c), expand(scale, c),
-                  expand(offset, c), relu, totals, products)
+    _add_products(g, g.strides[2] // size, x, x.strides[2] // size, m, k, expand(mean, 1, n, c), expand(scale, 1, n, c),
+                  expand(offset, 1, n, c), relu, totals, products)
     _add_parts(totals, n, 1, total)
     _add_parts(products, n, 1, product)
 
 
 @kernel(exact=True)
-def expand(values, c):
-    """``values`` (n, groups) as coefficients (c * n,) of all columns."""
+def expand(values, samples, n, c):
+    """``values`` (blocks of ``samples``, groups) as coefficients (c * n,) of all columns."""
     out_of_line()
-    n, groups = values.shape
+    blocks, groups = values.shape
     each = c // groups
     out = np.empty(c * n, values.dtype)
     for ch in range(c):
-        for i in range(n):
-            out[ch * n + i] = values[i, ch // each]
+        for b in range(blocks):
+            first = b * samples
+            out[ch * n + first:ch * n + min(first + samples, n)] = values[b, ch // each]
     return out
 
 
@@ -185,18 +186,19 @@ def _make_column_affine(vjp):
     """A kernel for y = (x - mean) * scale + offset, or (vjp) y = g * scale + (x - mean) * slope + shift.
 
     With ``relu`` y is 0 where that is negative, and (vjp) so is g where (x - mean) * scale + offset is not positive.
+    Coefficients are those of blocks of ``samples``.
     """
     tiles, rest = _make_affine(TILE, vjp), _make_affine(1, vjp)
 
     @kernel(exact=True)
-    def affine(g, x, mean, scale, offset, slope, shift, relu, y):
+    def affine(g, x, samples, mean, scale, offset, slope, shift, relu, y):
         out_of_line()
         n, c, m = x.shape
         size = x.itemsize
         k, g_step, step, y_step = n * c, g.strides[2] // size, x.strides[2] // size, y.strides[2] // size
-        mu, factor, end = expand(mean, c), expand(scale, c), expand(offset, c)
-        tilt = expand(slope, c) if vjp else end
-        term = expand(shift, c) if vjp else end
+        mu, factor, end = expand(mean, samples, n, c), expand(scale, samples, n, c), expand(offset, samples, n, c)
+        tilt = expand(slope, samples, n, c) if vjp else end
+        term = expand(shift, samples, n, c) if vjp else end
         whole = m // TILE * TILE
         tiles(g, g_step, x, step, 0, whole, k, mu, factor, end, tilt, term, relu, y, y_step)
         rest(g, g_step, x, step, whole, m, k, mu, factor, end, tilt, term, relu, y, y_step)
