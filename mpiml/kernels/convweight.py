@@ -19,14 +19,27 @@ import numpy as np
 
 from . import aligned
 from .gemm import transpose
-from .jit import kernel
+from .jit import kernel, vector_function
 from .registers import REGISTER
-from .simd import flat, lanes, load, load_part, out_of_line, prefetch, reduce_add, select, splat, store, store_part
+from .simd import flat, lanes, load, load_part, out_of_line, prefetch_address, reduce_add, select, splat, store, store_part
 from .tile import lanewise, load_row, load_tile, outer, store_tile, tile_add, zero_tile
 
 CHAIN, SHORT = 4096, 256  # most and fewest terms of a sum before it is added to the total
 FEW = 9  # rows, taps of a line times channels, at most, of which the second form is faster for any number of outputs
 NEAR = 1 << 16  # bytes of g, at most, that are used for all taps before the next ones
+
+
+@vector_function
+def fetch(ahead, lines):
+    """Have the next ``lines`` cache lines brought near of two ranges of memory, ``ahead`` = [begin, end, begin, end]."""
+    if ahead[0] >= ahead[1]:
+        ahead[0], ahead[1], ahead[2] = ahead[2], ahead[3], ahead[3]
+    here = ahead[0]
+    end = min(here + lines * aligned.LINE, ahead[1])
+    while here < end:
+        prefetch_address(here)
+        here += aligned.LINE
+    ahead[0] = here
 
 
 def _make_broadcast(rows):
@@ -35,10 +48,11 @@ def _make_broadcast(rows):
     Rows of x are ``x_row`` apart, samples of g ``g_row``; x has a sample behind the other, and pixels ``x_pixel`` apart.
     """
     @kernel(exact=True, reads="x")
-    def tile(x, xi, x_row, x_pixel, g, gi, g_row, pixels, samples, total, ti, t_row):
+    def tile(x, xi, x_row, x_pixel, g, gi, g_row, pixels, samples, total, ti, t_row, ahead, lines):
         out_of_line()
         acc = zero_tile(g, rows)
         for p in range(pixels):
+            fetch(ahead, lines)
             xk = xi + p * x_pixel
             for _ in range(samples):
                 acc = outer(acc, x, xk, x_row, load_row(g, gi, None, 1))
@@ -57,12 +71,13 @@ def _make_dots(rows, columns):
     size = rows * columns
 
     @kernel(exact=True, reads="g x")
-    def tiles(g, gi, g_row, g_pixel, x, xi, x_row, x_pixel, pixels, samples, total, ti, t_row, outputs):
+    def tiles(g, gi, g_row, g_pixel, x, xi, x_row, x_pixel, pixels, samples, total, ti, t_row, outputs, ahead, lines):
         out_of_line()
         whole = samples // lanes(g) * lanes(g)
         for _ in range(outputs // rows):
             acc = zero_tile(total, size)
             for p in range(pixels):
+                fetch(ahead, lines)
                 gk, xk = gi + p * g_pixel, xi + p * x_pixel
                 for i in range(0, whole, lanes(g)):  # without a mask, which costs as much as several of the products
                     acc = lanewise(acc, g, gk + i, g_row, x, xk + i, x_row, None, columns)
@@ -83,7 +98,7 @@ _three_wide, _three_middle, _three_narrow, _three_one, _one_wide, _one_middle, _
 
 
 @kernel(exact=True, reads="x")
-def broadcast_products(x, xi, x_row, x_pixel, g, gi, g_row, pixels, samples, total, ti, t_row, rows, outputs):
+def broadcast_products(x, xi, x_row, x_pixel, g, gi, g_row, pixels, samples, total, ti, t_row, rows, outputs, ahead, lines):
     """All tiles of one product, lanes being output channels: ``rows`` x ``outputs`` sums."""
     out_of_line()
     r = 0
@@ -93,7 +108,8 @@ def broadcast_products(x, xi, x_row, x_pixel, g, gi, g_row, pixels, samples, tot
         fives = left % 4 * 5
         step = 5 if 0 < fives <= left else 8 if left >= 8 else 4 if left >= 4 else 2 if left >= 2 else 1
         for o in range(0, outputs, lanes(g)):
-            task = (x, xi + r * x_row, x_row, x_pixel, g, gi + o, g_row, pixels, samples, total, ti + r * t_row + o, t_row)
+            task = (x, xi + r * x_row, x_row, x_pixel, g, gi + o, g_row, pixels, samples, total, ti + r * t_row + o, t_row,
+                    ahead, lines)
             if step == 8:
                 _eight(*task)
             elif step == 5:
@@ -108,7 +124,7 @@ def broadcast_products(x, xi, x_row, x_pixel, g, gi, g_row, pixels, samples, tot
 
 
 @kernel(exact=True, reads="x g")
-def _dots(x, xi, x_row, x_pixel, g, gi, g_row, g_pixel, pixels, samples, total, ti, t_row, rows, outputs):
+def _dots(x, xi, x_row, x_pixel, g, gi, g_row, g_pixel, pixels, samples, total, ti, t_row, rows, outputs, ahead, lines):
     """The same, lanes being samples."""
     out_of_line()
     o = outputs // 3 * 3
@@ -117,9 +133,9 @@ def _dots(x, xi, x_row, x_pixel, g, gi, g_row, g_pixel, pixels, samples, total, 
         left = rows - r
         step = WIDE if left >= WIDE else MIDDLE if left >= MIDDLE else NARROW if left >= NARROW else 1
         xk, tk = xi + r * x_row, ti + r * lanes(g)
-        threes = (g, gi, g_row, g_pixel, x, xk, x_row, x_pixel, pixels, samples, total, tk, t_row, o)
+        threes = (g, gi, g_row, g_pixel, x, xk, x_row, x_pixel, pixels, samples, total, tk, t_row, o, ahead, lines)
         ones = (g, gi + o * g_row, g_row, g_pixel, x, xk, x_row, x_pixel, pixels, samples, total, tk + o * t_row, t_row,
-                outputs - o)
+                outputs - o, ahead, lines)
         if step == WIDE:
             _three_wide(*threes)
             _one_wide(*ones)
@@ -137,7 +153,7 @@ def _dots(x, xi, x_row, x_pixel, g, gi, g_row, g_pixel, pixels, samples, total, 
 
 @kernel(exact=True, reads="x g")
 def _line_products(x, xi, x_row, pixel, width, left, stride, taps, dilation, g, gi, g_row, g_pixel, turned, wi, w_row,
-                   broadcast, pixels, samples, total, ti, t_row, rows, outputs):
+                   broadcast, pixels, samples, total, ti, t_row, rows, outputs, ahead, lines):
     """Either of these, with ``turned`` or ``g``, for each of ``taps`` taps, for those of the ``pixels`` that it meets.
 
     ``left`` is the pixel of x, of ``width`` pixels side by side from ``xi`` on, that tap 0 of the first one of g meets.
@@ -151,18 +167,10 @@ def _line_products(x, xi, x_row, pixel, width, left, stride, taps, dilation, g, 
         at = xi + (start + first * stride) * pixel
         if broadcast:
             broadcast_products(x, at, x_row, stride * pixel, turned, wi + first * samples * w_row, w_row, last - first,
-                               samples, total, ti + kx * rows * t_row, t_row, rows, outputs)
+                               samples, total, ti + kx * rows * t_row, t_row, rows, outputs, ahead, lines)
         else:
             _dots(x, at, x_row, stride * pixel, g, gi + first * g_pixel, g_row, g_pixel, last - first, samples,
-                  total, ti + kx * rows * lanes(g), t_row, rows, outputs)
-
-
-@kernel(exact=True, reads="x")
-def _fetch(x, xi, size):
-    """Have these elements brought near: read for the first time by products they would come too late."""
-    out_of_line()
-    for i in range(xi, min(xi + size, x.size), aligned.LINE // x.itemsize):
-        prefetch(x, i)
+                  total, ti + kx * rows * lanes(g), t_row, rows, outputs, ahead, lines)
 
 
 @kernel(exact=True, reads="x")
@@ -211,6 +219,7 @@ def weight_gradient(g, x, dw, stride, padding, dilation, groups):
     padded = aligned.empty(span * wide * pixel if copy else 0, g.dtype)
     padded[:] = 0
     copied = 0
+    ahead = np.zeros(4, np.int64)
 
     for oy in range(oh):
         top = oy * stride[0] - padding[0]
@@ -224,18 +233,21 @@ def weight_gradient(g, x, dw, stride, padding, dilation, groups):
                 for p in range(pixels):
                     transpose(flat(g), (oy * ow + ox + p) * out * samples, samples, out, samples, turned,
                               p * samples * g_row, g_row)
+            new = min(stride[0], kh) * width * pixel
+            ahead[0] = g.ctypes.data + (oy * ow + ox + pixels) * out * samples * g.itemsize
+            ahead[1] = ahead[0] + chunk * out * samples * g.itemsize
+            ahead[2] = x.ctypes.data + ((top + stride[0] + span - min(stride[0], kh)) * width * pixel + new * ox // ow) * g.itemsize
+            ahead[3] = ahead[2] + new * pixels // ow * g.itemsize
+            tiles = kh * taps * groups * (-(-rows // 8) * -(-outputs // full) if broadcast else -(-rows // WIDE) * -(-outputs // 3))
+            wanted = (ahead[1] - ahead[0] + ahead[3] - ahead[2]) // aligned.LINE // (tiles * pixels) + 1
             for group in range(groups):
                 for ky in range(kh):
                     iy = top + ky * dilation[0]
-                    if not copy and group == 0:  # the lines that are new to the next pixels of g are asked for, bit by bit
-                        new = stride[0] * width * pixel
-                        _fetch(x, (top + span) * width * pixel + new * (ox * kh + ky * pixels) // (ow * kh),
-                               new * pixels // (ow * kh))
                     if 0 <= iy < height:
                         ti = (group * kh + ky) * line if broadcast else group * outputs * t_row + ky * line
                         task = (row_stride, pixel, wide, ox * stride[1] - padding[1] + before, stride[1], taps, dilation[1],
                                 flat(g), ((oy * ow + ox) * out + group * outputs) * samples, samples, out * samples,
-                                turned, group * outputs, g_row, broadcast, pixels, samples, total, ti, t_row, rows, outputs)
+                                turned, group * outputs, g_row, broadcast, pixels, samples, total, ti, t_row, rows, outputs, flat(ahead), wanted)
                         if copy:
                             _line_products(padded, iy % span * wide * pixel + group * inners * samples, *task)
                         else:

@@ -130,6 +130,16 @@ def prefetch(typing, a, i):
 
 
 @intrinsic
+def prefetch_address(typing, address):
+    """The same for the cache line at an address in bytes, as ``a.ctypes.data`` is one."""
+    def code(context, builder, signature, args):
+        emit_fetch(builder, builder.inttoptr(args[0], ir.IntType(8).as_pointer()), near=2)
+        return context.get_dummy_value()
+
+    return types.none(types.intp), code
+
+
+@intrinsic
 def out_of_line(typing):
     """Compile the function that says so once, and let its callers call it, instead of a copy in each of them.
 

@@ -18,7 +18,7 @@ from .convweight import broadcast_products
 from .gemm import ROWS, VECTORS
 from .jit import kernel, vector_function
 from .polynomial import number
-from .simd import fma, lanes, load, out_of_line, splat, store
+from .simd import flat, fma, lanes, load, out_of_line, splat, store
 from .tile import across, load_row, load_tile, outer, store_tile, tile_add, turn_part, zero_tile
 from .winograd import VALUES, near_size, prefetch_pixel, transform_squares
 
@@ -136,7 +136,7 @@ def _add_products(v, row, v_plane, w, line, w_plane, sums, plane, channels, dept
                 _narrow(v, vi, row, w, wi + o, line, sums, si + o, whole, depth)
         if whole < channels:
             broadcast_products(v, vi + whole * row, row, 0, w, wi, line, 1, depth, sums, si + whole * line, line,
-                               channels - whole, line)
+                               channels - whole, line, flat(np.zeros(4, np.int64)), 0)
 
 
 @kernel(exact=True, writes="dw")
