@@ -18,28 +18,16 @@ Each row of pixels has a sum of its own that is then added to the others': short
 import numpy as np
 
 from . import aligned
+from .ahead import fetch, lines_ahead, next_is, nothing_ahead
 from .gemm import transpose
-from .jit import kernel, vector_function
+from .jit import kernel
 from .registers import REGISTER
-from .simd import flat, lanes, load, load_part, out_of_line, prefetch_address, reduce_add, select, splat, store, store_part
+from .simd import flat, in_use, lanes, load, load_part, out_of_line, reduce_add, select, splat, store, store_part
 from .tile import lanewise, load_row, load_tile, outer, store_tile, tile_add, zero_tile
 
 CHAIN, SHORT = 4096, 256  # most and fewest terms of a sum before it is added to the total
 FEW = 9  # rows, taps of a line times channels, at most, of which the second form is faster for any number of outputs
 NEAR = 1 << 16  # bytes of g, at most, that are used for all taps before the next ones
-
-
-@vector_function
-def fetch(ahead, lines):
-    """Have the next ``lines`` cache lines brought near of two ranges of memory, ``ahead`` = [begin, end, begin, end]."""
-    if ahead[0] >= ahead[1]:
-        ahead[0], ahead[1], ahead[2] = ahead[2], ahead[3], ahead[3]
-    here = ahead[0]
-    end = min(here + lines * aligned.LINE, ahead[1])
-    while here < end:
-        prefetch_address(here)
-        here += aligned.LINE
-    ahead[0] = here
 
 
 def _make_broadcast(rows):
@@ -48,11 +36,11 @@ def _make_broadcast(rows):
     Rows of x are ``x_row`` apart, samples of g ``g_row``; x has a sample behind the other, and pixels ``x_pixel`` apart.
     """
     @kernel(exact=True, reads="x")
-    def tile(x, xi, x_row, x_pixel, g, gi, g_row, pixels, samples, total, ti, t_row, ahead, lines):
+    def tile(x, xi, x_row, x_pixel, g, gi, g_row, pixels, samples, total, ti, t_row, ahead, wanted):
         out_of_line()
         acc = zero_tile(g, rows)
         for p in range(pixels):
-            fetch(ahead, lines)
+            fetch(ahead, wanted)
             xk = xi + p * x_pixel
             for _ in range(samples):
                 acc = outer(acc, x, xk, x_row, load_row(g, gi, None, 1))
@@ -71,13 +59,13 @@ def _make_dots(rows, columns):
     size = rows * columns
 
     @kernel(exact=True, reads="g x")
-    def tiles(g, gi, g_row, g_pixel, x, xi, x_row, x_pixel, pixels, samples, total, ti, t_row, outputs, ahead, lines):
+    def tiles(g, gi, g_row, g_pixel, x, xi, x_row, x_pixel, pixels, samples, total, ti, t_row, outputs, ahead, wanted):
         out_of_line()
         whole = samples // lanes(g) * lanes(g)
         for _ in range(outputs // rows):
             acc = zero_tile(total, size)
             for p in range(pixels):
-                fetch(ahead, lines)
+                fetch(ahead, wanted)
                 gk, xk = gi + p * g_pixel, xi + p * x_pixel
                 for i in range(0, whole, lanes(g)):  # without a mask, which costs as much as several of the products
                     acc = lanewise(acc, g, gk + i, g_row, x, xk + i, x_row, None, columns)
@@ -98,7 +86,7 @@ _three_wide, _three_middle, _three_narrow, _three_one, _one_wide, _one_middle, _
 
 
 @kernel(exact=True, reads="x")
-def broadcast_products(x, xi, x_row, x_pixel, g, gi, g_row, pixels, samples, total, ti, t_row, rows, outputs, ahead, lines):
+def broadcast_products(x, xi, x_row, x_pixel, g, gi, g_row, pixels, samples, total, ti, t_row, rows, outputs, ahead, wanted):
     """All tiles of one product, lanes being output channels: ``rows`` x ``outputs`` sums."""
     out_of_line()
     r = 0
@@ -109,7 +97,7 @@ def broadcast_products(x, xi, x_row, x_pixel, g, gi, g_row, pixels, samples, tot
         step = 5 if 0 < fives <= left else 8 if left >= 8 else 4 if left >= 4 else 2 if left >= 2 else 1
         for o in range(0, outputs, lanes(g)):
             task = (x, xi + r * x_row, x_row, x_pixel, g, gi + o, g_row, pixels, samples, total, ti + r * t_row + o, t_row,
-                    ahead, lines)
+                    ahead, wanted)
             if step == 8:
                 _eight(*task)
             elif step == 5:
@@ -124,7 +112,7 @@ def broadcast_products(x, xi, x_row, x_pixel, g, gi, g_row, pixels, samples, tot
 
 
 @kernel(exact=True, reads="x g")
-def _dots(x, xi, x_row, x_pixel, g, gi, g_row, g_pixel, pixels, samples, total, ti, t_row, rows, outputs, ahead, lines):
+def _dots(x, xi, x_row, x_pixel, g, gi, g_row, g_pixel, pixels, samples, total, ti, t_row, rows, outputs, ahead, wanted):
     """The same, lanes being samples."""
     out_of_line()
     o = outputs // 3 * 3
@@ -133,9 +121,9 @@ def _dots(x, xi, x_row, x_pixel, g, gi, g_row, g_pixel, pixels, samples, total, 
         left = rows - r
         step = WIDE if left >= WIDE else MIDDLE if left >= MIDDLE else NARROW if left >= NARROW else 1
         xk, tk = xi + r * x_row, ti + r * lanes(g)
-        threes = (g, gi, g_row, g_pixel, x, xk, x_row, x_pixel, pixels, samples, total, tk, t_row, o, ahead, lines)
+        threes = (g, gi, g_row, g_pixel, x, xk, x_row, x_pixel, pixels, samples, total, tk, t_row, o, ahead, wanted)
         ones = (g, gi + o * g_row, g_row, g_pixel, x, xk, x_row, x_pixel, pixels, samples, total, tk + o * t_row, t_row,
-                outputs - o, ahead, lines)
+                outputs - o, ahead, wanted)
         if step == WIDE:
             _three_wide(*threes)
             _one_wide(*ones)
@@ -152,9 +140,9 @@ def _dots(x, xi, x_row, x_pixel, g, gi, g_row, g_pixel, pixels, samples, total, 
 
 
 @kernel(exact=True, reads="x g")
-def _line_products(x, xi, x_row, pixel, width, left, stride, taps, dilation, g, gi, g_row, g_pixel, turned, wi, w_row,
-                   broadcast, pixels, samples, total, ti, t_row, rows, outputs, ahead, lines):
-    """Either of these, with ``turned`` or ``g``, for each of ``taps`` taps, for those of the ``pixels`` that it meets.
+def _line_products(x, xi, x_row, pixel, width, left, stride, taps, dilation, g, gi, g_row, g_pixel, broadcast, pixels, samples,
+                   total, ti, t_row, t_tap, rows, outputs, ahead, wanted):
+    """Either of these, for each of ``taps`` taps side by side, for those of the ``pixels`` of a line that it meets.
 
     ``left`` is the pixel of x, of ``width`` pixels side by side from ``xi`` on, that tap 0 of the first one of g meets.
     """
@@ -164,13 +152,13 @@ def _line_products(x, xi, x_row, pixel, width, left, stride, taps, dilation, g, 
         first, last = max(0, -(start // stride)), min(pixels, (width - 1 - start) // stride + 1)  # -(a // b): rounded up
         if first >= last:
             continue
-        at = xi + (start + first * stride) * pixel
+        at, gk, tk = xi + (start + first * stride) * pixel, gi + first * g_pixel, ti + kx * t_tap
         if broadcast:
-            broadcast_products(x, at, x_row, stride * pixel, turned, wi + first * samples * w_row, w_row, last - first,
-                               samples, total, ti + kx * rows * t_row, t_row, rows, outputs, ahead, lines)
+            broadcast_products(x, at, x_row, stride * pixel, g, gk, g_row, last - first, samples, total, tk, t_row, rows,
+                               outputs, ahead, wanted)
         else:
-            _dots(x, at, x_row, stride * pixel, g, gi + first * g_pixel, g_row, g_pixel, last - first, samples,
-                  total, ti + kx * rows * lanes(g), t_row, rows, outputs, ahead, lines)
+            _dots(x, at, x_row, stride * pixel, g, gk, g_row, g_pixel, last - first, samples, total, tk, t_row, rows, outputs,
+                  ahead, wanted)
 
 
 @kernel(exact=True, reads="x")
@@ -198,74 +186,85 @@ def weight_gradient(g, x, dw, stride, padding, dilation, groups):
     # What is a row of the product: a channel of all taps of a line, a tap of the only channel, or a channel of one tap.
     merged = (inners == 1 or (dilation[1] == 1 and groups == 1)) and (copy or padding[1] == 0)
     taps, rows = (1, kw * inners) if merged else (kw, inners)
-    pixel = channels * samples
-    row_stride = dilation[1] * pixel if inners == 1 else samples
-    # Of ``total`` for a line of taps: rows of outputs, or vectors, an output's lines side by side.
-    line, t_row = (kw * inners * filled, filled) if broadcast else (kw * inners * full, kh * kw * inners * full)
-    total = aligned.empty(groups * (kh * line if broadcast else outputs * t_row), g.dtype)
-    total[:] = 0
+    pixel, x_line, g_pixel = channels * samples, width * channels * samples, out * samples
+    x_row = dilation[1] * pixel if inners == 1 else samples
 
-    # So many pixels at a time that their part of g stays in the first cache, if the sums are not too short for that.
-    g_row = filled if groups == 1 else out + full
-    if broadcast:
-        chunk = max(NEAR // max(samples * g_row * g.itemsize, 1), SHORT // max(samples, 1), 1)
-    else:
-        chunk = ow
+    # What lies where, of g as the products read it and of ``total``: from pixel to pixel, group to group, line to line of taps.
+    chunk, turned_row = ow, filled if groups == 1 else out + full
+    if broadcast:  # rows of outputs, one for each sample, tap and channel
+        from_row, from_pixel, from_group = turned_row, samples * turned_row, outputs
+        t_row, t_tap, t_line = filled, rows * filled, kw * inners * filled
+        t_group = kh * t_line
+        # So many pixels at a time that they stay in the first cache, if the sums are not too short for that.
+        chunk = max(NEAR // max(samples * turned_row * g.itemsize, 1), SHORT // max(samples, 1), 1)
+    else:  # rows of samples; a vector for each output, tap and channel
+        from_row, from_pixel, from_group = samples, g_pixel, outputs * samples
+        t_row, t_tap, t_line = kh * kw * inners * full, rows * full, kw * inners * full
+        t_group = outputs * t_row
     chunk = min(chunk, max(CHAIN // max(samples, 1), 1))
-    turned = aligned.empty(min(chunk, ow) * samples * g_row if broadcast else 0, g.dtype)
-    turned[:] = 0
     before, span = padding[1] if copy else 0, (kh - 1) * dilation[0] + 1
     wide = width + 2 * before
+    total = aligned.empty(groups * t_group, g.dtype)
+    turned = aligned.empty(min(chunk, ow) * samples * turned_row if broadcast else 0, g.dtype)
     padded = aligned.empty(span * wide * pixel if copy else 0, g.dtype)
-    padded[:] = 0
-    copied = 0
-    ahead = np.zeros(4, np.int64)
+    total[:], turned[:], padded[:] = 0, 0, 0
+    from_x, from_g = flat(x), flat(g)
+    if copy:
+        from_x = flat(padded)
+    if broadcast:
+        from_g = flat(turned)
 
+    copied, ahead, new = 0, nothing_ahead(), min(stride[0], kh)
+    tiles = groups * kh * taps * -(-rows // (8 if broadcast else WIDE)) * -(-outputs // (full if broadcast else 3))
     for oy in range(oh):
         top = oy * stride[0] - padding[0]
         if copy:
             for iy in range(max(copied, top), min(top + span, height)):
-                _copy(x, iy * width * pixel, padded, (iy % span * wide + before) * pixel, width * pixel)
+                _copy(x, iy * x_line, padded, (iy % span * wide + before) * pixel, x_line)
             copied = max(copied, top + span)
         for ox in range(0, ow, chunk):
-            pixels = min(chunk, ow - ox)
+            pixels, first = min(chunk, ow - ox), (oy * ow + ox) * g_pixel
             if broadcast:
                 for p in range(pixels):
-                    transpose(flat(g), (oy * ow + ox + p) * out * samples, samples, out, samples, turned,
-                              p * samples * g_row, g_row)
-            new = min(stride[0], kh) * width * pixel
-            ahead[0] = g.ctypes.data + (oy * ow + ox + pixels) * out * samples * g.itemsize
-            ahead[1] = ahead[0] + chunk * out * samples * g.itemsize
-            ahead[2] = x.ctypes.data + ((top + stride[0] + span - min(stride[0], kh)) * width * pixel + new * ox // ow) * g.itemsize
-            ahead[3] = ahead[2] + new * pixels // ow * g.itemsize
-            tiles = kh * taps * groups * (-(-rows // 8) * -(-outputs // full) if broadcast else -(-rows // WIDE) * -(-outputs // 3))
-            wanted = (ahead[1] - ahead[0] + ahead[3] - ahead[2]) // aligned.LINE // (tiles * pixels) + 1
+                    transpose(flat(g), first + p * g_pixel, samples, out, samples, turned, p * from_pixel, from_row)
+            # Meanwhile ask for the next pixels of g, and of so large a part of the lines that are new to the next line of g.
+            after, there = first + pixels * g_pixel, (top + span + stride[0] - new) * x_line
+            next_is(ahead, 0, g, after, after + chunk * g_pixel)
+            next_is(ahead, 1, x, there + new * x_line * ox // ow, there + new * x_line * (ox + pixels) // ow)
+            wanted = lines_ahead(ahead, tiles * pixels)
             for group in range(groups):
                 for ky in range(kh):
                     iy = top + ky * dilation[0]
                     if 0 <= iy < height:
-                        ti = (group * kh + ky) * line if broadcast else group * outputs * t_row + ky * line
-                        task = (row_stride, pixel, wide, ox * stride[1] - padding[1] + before, stride[1], taps, dilation[1],
-                                flat(g), ((oy * ow + ox) * out + group * outputs) * samples, samples, out * samples,
-                                turned, group * outputs, g_row, broadcast, pixels, samples, total, ti, t_row, rows, outputs, flat(ahead), wanted)
-                        if copy:
-                            _line_products(padded, iy % span * wide * pixel + group * inners * samples, *task)
-                        else:
-                            _line_products(flat(x), iy * width * pixel + group * inners * samples, *task)
+                        _line_products(from_x, (iy % span if copy else iy) * wide * pixel + group * inners * samples, x_row,
+                                       pixel, wide, ox * stride[1] - padding[1] + before, stride[1], taps, dilation[1],
+                                       from_g, (0 if broadcast else first) + group * from_group, from_row, from_pixel,
+                                       broadcast, pixels, samples, total, group * t_group + ky * t_line, t_row, t_tap, rows,
+                                       outputs, flat(ahead), wanted)
+    in_use(turned)
+    in_use(padded)
+    _write_sums(total, broadcast, t_row, t_line, t_group, dw, groups)
 
-    down, right, inward = dw.strides[2] // dw.itemsize, dw.strides[3] // dw.itemsize, dw.strides[1] // dw.itemsize
+
+@kernel(exact=True, writes="dw")
+def _write_sums(total, broadcast, t_row, t_line, t_group, dw, groups):
+    """Copy the sums to where they belong in ``dw``; where lanes were samples, they are summed first."""
+    out_of_line()
+    outputs, inners, kh, kw = dw.shape[0] // groups, dw.shape[1], dw.shape[2], dw.shape[3]
+    inward, down, right = [stride // dw.itemsize for stride in dw.strides[1:]]
+    full = lanes(dw)
     for group in range(groups):
         for ky in range(kh):
             for kx in range(kw):
                 for c in range(inners):
-                    r, at = kx * inners + c, ky * down + kx * right + c * inward + group * outputs
+                    ti, r = group * t_group + ky * t_line, kx * inners + c
                     if broadcast:
+                        at = group * outputs + c * inward + ky * down + kx * right
                         for o in range(0, outputs, full):
-                            store_part(dw, at + o, load(total, (group * kh + ky) * line + r * t_row + o), outputs - o)
+                            store_part(dw, at + o, load(total, ti + r * t_row + o), outputs - o)
                     else:
                         for o in range(outputs):
-                            dw[group * outputs + o, c, ky, kx] = reduce_add(
-                                load(total, (group * outputs + o) * t_row + ky * line + r * full))
+                            dw[group * outputs + o, c, ky, kx] = reduce_add(load(total, ti + o * t_row + r * full))
 
 
 @kernel(exact=True, reads="g y", writes="masked db", floats="g y masked db", name="conv2d_vjp")

@@ -24,7 +24,7 @@ together before they are transformed, which saves a tenth.
 import numpy as np
 
 from . import aligned
-from .direct import pack_weights
+from .direct import bias_and_least, pack_weights
 from .gemm import ROWS, VECTORS, column_of_tiles, make_tiles
 from .jit import inlined, kernel, vector_function
 from .polynomial import number
@@ -279,10 +279,7 @@ def convolve_by_values(x, weight, bias, relu, y, padding, backward):
     taps, above, before = np.arange(3), padding[0], padding[1]
     if backward:  # the same with the kernel turned round
         by_row, by_inner, taps, above, before = by_inner, by_row, taps[::-1].copy(), 2 - above, 2 - before
-    biases = np.zeros(outputs, y.dtype)
-    for o in range(bias.size):
-        biases[o] = bias[o]
-    low = biases.dtype.type(0 if relu else -np.inf)
+    biases, low = bias_and_least(bias, relu, outputs, y)
 
     full, panel = lanes(y), VECTORS * lanes(y)
     inner = channels * outputs
