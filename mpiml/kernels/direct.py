@@ -11,7 +11,7 @@ import numpy as np
 
 from .ahead import fetch, lines_ahead, next_is, nothing_ahead
 from .gemm import transpose
-from .jit import kernel
+from .jit import kernel, vector_function
 from .registers import REGISTER
 from .simd import at, flat, lanes, load_part, out_of_line, splat, store_part
 from .taps import COUNT, FIRST, SOURCE, backward_taps, forward_taps
@@ -98,6 +98,12 @@ def pack_weights(w, row, inner, group, down, across, rows, inners, groups, block
             o += n
 
 
+@vector_function
+def _end(taps, step):
+    """Of a plan for a pixel (:mod:`taps`): the source pixel behind the last one that a tap meets, if one does."""
+    return taps[SOURCE] + (taps[COUNT] - 1) * step + 1
+
+
 @kernel(reads="bias")
 def bias_and_least(bias, relu, outputs, y):
     """The ``bias`` of each output, zeros if it has size 0, and what no result is below, in the dtype of ``y``."""
@@ -137,15 +143,14 @@ def convolve(x, weight, bias, relu, y, stride, padding, dilation, groups, backwa
     merged = column_step == 1 and groups == 1  # the channels of one pixel are followed by those of the next
     full = lanes(y)
     ones = np.ones(VECTORS * full, y.dtype)
-    ahead = nothing_ahead()
+    ahead, known = nothing_ahead(), 0
     times = -(-samples // (VECTORS * full)) * groups * -(-outputs // ROWS) * len(columns)
     # Line by line of the result for all samples: so all that is read and written goes forward in memory.
     for oy in range(len(lines)):
-        # Meanwhile ask for the next line of y, and for the lines of x that it meets behind those that this one meets.
-        here, there = lines[oy], lines[min(oy + 1, len(lines) - 1)]
+        # Meanwhile ask for the next line of y, and for the lines of x that are new to it.
+        known, following = max(known, _end(lines[oy], line_step)), lines[min(oy + 1, len(lines) - 1)]
         next_is(ahead, 0, y, (oy + 1) * y_line, (oy + 2) * y_line)
-        next_is(ahead, 1, x, (here[SOURCE] + (here[COUNT] - 1) * line_step + 1) * x_line,
-                (there[SOURCE] + (there[COUNT] - 1) * line_step + 1) * x_line)
+        next_is(ahead, 1, x, max(known, following[SOURCE]) * x_line, _end(following, line_step) * x_line)
         wanted = lines_ahead(ahead, times)
         for i in range(0, samples, VECTORS * full):
             count = min(samples - i, VECTORS * full)
