@@ -140,25 +140,37 @@ def _dots(x, xi, x_row, x_pixel, g, gi, g_row, g_pixel, pixels, samples, total, 
 
 
 @kernel(exact=True, reads="x g")
-def _line_products(x, xi, x_row, pixel, width, left, stride, taps, dilation, g, gi, g_row, g_pixel, broadcast, pixels, samples,
-                   total, ti, t_row, t_tap, rows, outputs, ahead, wanted):
-    """Either of these, for each of ``taps`` taps side by side, for those of the ``pixels`` of a line that it meets.
+def _products(x, x_steps, ring, height, width, top, left, g, gi, g_steps, total, t_steps, broadcast, groups, kh, taps, rows,
+              outputs, stride, dilation, pixels, samples, ahead, wanted):
+    """Either of these, for ``pixels`` pixels of g, from ``gi`` on, and for all taps that meet the image.
 
-    ``left`` is the pixel of x, of ``width`` pixels side by side from ``xi`` on, that tap 0 of the first one of g meets.
+    The tap at the top left of the first pixel meets the pixel (top, left) of the images, of height x width, of which ``ring``
+    lines are there: line y is number ``y % ring``. A line of taps is ``taps`` products by themselves, side by side. Steps are
+    from row to row of a product, from pixel to pixel and from group to group; of ``total`` from row to row, from tap to tap,
+    from line to line of taps and from group to group.
     """
     out_of_line()
-    for kx in range(taps):
-        start = left + kx * dilation
-        first, last = max(0, -(start // stride)), min(pixels, (width - 1 - start) // stride + 1)  # -(a // b): rounded up
-        if first >= last:
-            continue
-        at, gk, tk = xi + (start + first * stride) * pixel, gi + first * g_pixel, ti + kx * t_tap
-        if broadcast:
-            broadcast_products(x, at, x_row, stride * pixel, g, gk, g_row, last - first, samples, total, tk, t_row, rows,
-                               outputs, ahead, wanted)
-        else:
-            _dots(x, at, x_row, stride * pixel, g, gk, g_row, g_pixel, last - first, samples, total, tk, t_row, rows, outputs,
-                  ahead, wanted)
+    x_row, x_pixel, x_group = x_steps
+    g_row, g_pixel, g_group = g_steps
+    t_row, t_tap, t_line, t_group = t_steps
+    for group in range(groups):
+        for ky in range(kh):
+            iy = top + ky * dilation[0]
+            if not 0 <= iy < height:
+                continue
+            for kx in range(taps):
+                start, across = left + kx * dilation[1], stride[1]
+                # Of the pixels those that this tap meets; -(a // b) is -a / b rounded up.
+                first, last = max(0, -(start // across)), min(pixels, (width - 1 - start) // across + 1)
+                if first < last:
+                    factors = (x, (iy % ring * width + start + first * across) * x_pixel + group * x_group, x_row,
+                               across * x_pixel, g, gi + group * g_group + first * g_pixel, g_row)
+                    sums = (last - first, samples, total, group * t_group + ky * t_line + kx * t_tap, t_row, rows, outputs,
+                            ahead, wanted)
+                    if broadcast:
+                        broadcast_products(*factors, *sums)
+                    else:
+                        _dots(*factors, g_pixel, *sums)
 
 
 @kernel(exact=True, reads="x")
@@ -189,30 +201,30 @@ def weight_gradient(g, x, dw, stride, padding, dilation, groups):
     pixel, x_line, g_pixel = channels * samples, width * channels * samples, out * samples
     x_row = dilation[1] * pixel if inners == 1 else samples
 
-    # What lies where, of g as the products read it and of ``total``: from pixel to pixel, group to group, line to line of taps.
+    # The steps of :func:`_products`. Lanes are outputs: rows of outputs, of g one for each sample, of ``total`` one for each
+    # tap and channel. Lanes are samples: rows of samples, a vector of sums for each output, tap and channel.
     chunk, turned_row = ow, filled if groups == 1 else out + full
-    if broadcast:  # rows of outputs, one for each sample, tap and channel
-        from_row, from_pixel, from_group = turned_row, samples * turned_row, outputs
-        t_row, t_tap, t_line = filled, rows * filled, kw * inners * filled
-        t_group = kh * t_line
+    if broadcast:
+        g_steps = turned_row, samples * turned_row, outputs
+        t_steps = filled, rows * filled, kw * inners * filled, kh * kw * inners * filled
         # So many pixels at a time that they stay in the first cache, if the sums are not too short for that.
         chunk = max(NEAR // max(samples * turned_row * g.itemsize, 1), SHORT // max(samples, 1), 1)
-    else:  # rows of samples; a vector for each output, tap and channel
-        from_row, from_pixel, from_group = samples, g_pixel, outputs * samples
-        t_row, t_tap, t_line = kh * kw * inners * full, rows * full, kw * inners * full
-        t_group = outputs * t_row
+    else:
+        g_steps = samples, g_pixel, outputs * samples
+        of_output = kh * kw * inners * full
+        t_steps = of_output, rows * full, kw * inners * full, outputs * of_output
     chunk = min(chunk, max(CHAIN // max(samples, 1), 1))
     before, span = padding[1] if copy else 0, (kh - 1) * dilation[0] + 1
-    wide = width + 2 * before
-    total = aligned.empty(groups * t_group, g.dtype)
+    wide, ring = width + 2 * before, span if copy else height
+    total = aligned.empty(groups * t_steps[3], g.dtype)
     turned = aligned.empty(min(chunk, ow) * samples * turned_row if broadcast else 0, g.dtype)
     padded = aligned.empty(span * wide * pixel if copy else 0, g.dtype)
     total[:], turned[:], padded[:] = 0, 0, 0
-    from_x, from_g = flat(x), flat(g)
+    near_x, near_g = flat(x), flat(g)
     if copy:
-        from_x = flat(padded)
+        near_x = flat(padded)
     if broadcast:
-        from_g = flat(turned)
+        near_g = flat(turned)
 
     copied, ahead, new = 0, nothing_ahead(), min(stride[0], kh)
     tiles = groups * kh * taps * -(-rows // (8 if broadcast else WIDE)) * -(-outputs // (full if broadcast else 3))
@@ -220,38 +232,32 @@ def weight_gradient(g, x, dw, stride, padding, dilation, groups):
         top = oy * stride[0] - padding[0]
         if copy:
             for iy in range(max(copied, top), min(top + span, height)):
-                _copy(x, iy * x_line, padded, (iy % span * wide + before) * pixel, x_line)
+                _copy(x, iy * x_line, padded, (iy % ring * wide + before) * pixel, x_line)
             copied = max(copied, top + span)
         for ox in range(0, ow, chunk):
-            pixels, first = min(chunk, ow - ox), (oy * ow + ox) * g_pixel
+            pixels, here = min(chunk, ow - ox), (oy * ow + ox) * g_pixel
             if broadcast:
                 for p in range(pixels):
-                    transpose(flat(g), first + p * g_pixel, samples, out, samples, turned, p * from_pixel, from_row)
+                    transpose(flat(g), here + p * g_pixel, samples, out, samples, turned, p * g_steps[1], turned_row)
             # Meanwhile ask for the next pixels of g, and of so large a part of the lines that are new to the next line of g.
-            after, there = first + pixels * g_pixel, (top + span + stride[0] - new) * x_line
+            after, there = here + pixels * g_pixel, (top + span + stride[0] - new) * x_line
             next_is(ahead, 0, g, after, after + chunk * g_pixel)
             next_is(ahead, 1, x, there + new * x_line * ox // ow, there + new * x_line * (ox + pixels) // ow)
-            wanted = lines_ahead(ahead, tiles * pixels)
-            for group in range(groups):
-                for ky in range(kh):
-                    iy = top + ky * dilation[0]
-                    if 0 <= iy < height:
-                        _line_products(from_x, (iy % span if copy else iy) * wide * pixel + group * inners * samples, x_row,
-                                       pixel, wide, ox * stride[1] - padding[1] + before, stride[1], taps, dilation[1],
-                                       from_g, (0 if broadcast else first) + group * from_group, from_row, from_pixel,
-                                       broadcast, pixels, samples, total, group * t_group + ky * t_line, t_row, t_tap, rows,
-                                       outputs, flat(ahead), wanted)
+            _products(near_x, (x_row, pixel, inners * samples), ring, height, wide, top, ox * stride[1] - padding[1] + before,
+                      near_g, 0 if broadcast else here, g_steps, total, t_steps, broadcast, groups, kh, taps, rows, outputs,
+                      stride, dilation, pixels, samples, flat(ahead), lines_ahead(ahead, tiles * pixels))
     in_use(turned)
     in_use(padded)
-    _write_sums(total, broadcast, t_row, t_line, t_group, dw, groups)
+    _write_sums(total, broadcast, t_steps, dw, groups)
 
 
 @kernel(exact=True, writes="dw")
-def _write_sums(total, broadcast, t_row, t_line, t_group, dw, groups):
+def _write_sums(total, broadcast, steps, dw, groups):
     """Copy the sums to where they belong in ``dw``; where lanes were samples, they are summed first."""
     out_of_line()
     outputs, inners, kh, kw = dw.shape[0] // groups, dw.shape[1], dw.shape[2], dw.shape[3]
     inward, down, right = [stride // dw.itemsize for stride in dw.strides[1:]]
+    t_row, _, t_line, t_group = steps
     full = lanes(dw)
     for group in range(groups):
         for ky in range(kh):
