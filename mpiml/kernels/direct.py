@@ -99,16 +99,17 @@ def pack_weights(w, row, inner, group, down, across, rows, inners, groups, block
 
 
 @vector_function
-def _end(taps, step):
-    """Of a plan for a pixel (:mod:`taps`): the source pixel behind the last one that a tap meets, if one does."""
-    return taps[SOURCE] + (taps[COUNT] - 1) * step + 1
+def _end(taps, o, step):
+    """Of a plan (:mod:`taps`): the source pixel behind the last one that pixel ``o`` meets, if it meets one."""
+    return taps[o, SOURCE] + (taps[o, COUNT] - 1) * step + 1
 
 
 @kernel(reads="bias")
 def bias_and_least(bias, relu, outputs, y):
     """The ``bias`` of each output, zeros if it has size 0, and what no result is below, in the dtype of ``y``."""
     biases = np.zeros(outputs, y.dtype)
-    biases[:bias.size] = bias
+    for o in range(bias.size):  # an assignment of slices takes numba a second to compile
+        biases[o] = bias[o]
     return biases, biases.dtype.type(0 if relu else -np.inf)
 
 
@@ -148,9 +149,9 @@ def convolve(x, weight, bias, relu, y, stride, padding, dilation, groups, backwa
     # Line by line of the result for all samples: so all that is read and written goes forward in memory.
     for oy in range(len(lines)):
         # Meanwhile ask for the next line of y, and for the lines of x that are new to it.
-        known, following = max(known, _end(lines[oy], line_step)), lines[min(oy + 1, len(lines) - 1)]
+        known, following = max(known, _end(lines, oy, line_step)), min(oy + 1, len(lines) - 1)
         next_is(ahead, 0, y, (oy + 1) * y_line, (oy + 2) * y_line)
-        next_is(ahead, 1, x, max(known, following[SOURCE]) * x_line, _end(following, line_step) * x_line)
+        next_is(ahead, 1, x, max(known, lines[following, SOURCE]) * x_line, _end(lines, following, line_step) * x_line)
         wanted = lines_ahead(ahead, times)
         for i in range(0, samples, VECTORS * full):
             count = min(samples - i, VECTORS * full)

@@ -130,8 +130,17 @@ def prefetch(typing, a, i):
 
 
 @intrinsic
+def address(typing, a, i):
+    """Where position ``i`` of ``a`` is in memory: a number of bytes."""
+    def code(context, builder, signature, args):
+        return builder.ptrtoint(emit_pointer(context, builder, a, *args), ir.IntType(types.intp.bitwidth))
+
+    return types.intp(a, types.intp), code
+
+
+@intrinsic
 def prefetch_address(typing, address):
-    """The same for the cache line at an address in bytes, as ``a.ctypes.data`` is one."""
+    """As :func:`prefetch`, for the cache line at an :func:`address`."""
     def code(context, builder, signature, args):
         emit_fetch(builder, builder.inttoptr(args[0], ir.IntType(8).as_pointer()), near=2)
         return context.get_dummy_value()
