@@ -225,6 +225,12 @@ def test_pooling_and_its_gradients(dtype, layout, other, n, c, size, window, str
     near(k.max_pool2d_vjp(g, index, x.shape, window, stride, padding), tx.grad)
     near(k.max_pool2d_vjp(g, laid(index, other), x.shape, window, stride, padding), tx.grad)
 
+    positive, places = k.max_pool2d(x, window, stride, padding, relu=True)
+    np.testing.assert_array_equal(positive, k.max_pool2d(np.maximum(x, 0), window, stride, padding)[0])
+    np.testing.assert_array_equal(places, np.where(y > 0, index, -1))
+    np.testing.assert_array_equal(k.max_pool2d_vjp(g, places, x.shape, window, stride, padding),
+                                  k.max_pool2d_vjp(np.where(y > 0, g, 0), index, x.shape, window, stride, padding))
+
     tx, = tensors(x)
     expected = torch.nn.functional.avg_pool2d(tx, window, stride, padding)
     expected.backward(tensors(g)[0])
@@ -237,6 +243,9 @@ def test_max_pooling_takes_the_first_of_equals_and_nan_first_of_all():
     y, index = k.max_pool2d(x, (2, 2), (1, 1))
     assert index[0, 0, 0, 0] == 0
     assert index[0, 0, 0, 1] == 5
+    assert np.isnan(y[0, 0, 0, 1])
+    y, index = k.max_pool2d(x, (2, 2), (1, 1), relu=True)
+    np.testing.assert_array_equal(index, [[[[0, -1]]]])
     assert np.isnan(y[0, 0, 0, 1])
 
 

@@ -589,6 +589,21 @@ def test_a_relu_behind_a_layer_is_part_of_it(layer):
         np.testing.assert_array_equal(*gradients)
 
 
+@pytest.mark.parametrize("layer", [Conv2d(3, 4, 3), BatchNorm2d(3), Residual(BatchNorm2d(3))])
+def test_max_pooling_applies_the_relu_before_it(layer):
+    """Bit for bit what a model cut between the two computes, as the stages of a pipeline may be."""
+    x = np.random.default_rng(0).standard_normal((20, 3, 7, 8)).astype(np.float32)
+    model = Sequential(layer, ops.relu, MaxPool2d(2)).init()
+    gradients = []
+    for run_ in (lambda: model(x, Step(0))), (lambda: model[2:](model[:2](x, Step(0)), Step(0))):
+        model.gradient[:] = 0
+        y = run_()
+        y.backward(np.cos(y.value))
+        gradients.append((y.value, model.gradient.copy()))
+    for together, apart in zip(*gradients, strict=True):
+        np.testing.assert_array_equal(together, apart)
+
+
 def test_training_reaches_every_layer():
     """A combinator that did not hand `training` on would leave a parameter without a gradient."""
     model = Sequential(Residual(Sequential(Linear(3, 3)), Linear(3, 3)), Concatenate(Linear(3, 2), Linear(3, 2))).init()

@@ -18,10 +18,11 @@ Each row of pixels has a sum of its own that is then added to the others': short
 import numpy as np
 
 from . import aligned
+from .ahead import fetch, lines_ahead, next_is, nothing_ahead
 from .gemm import transpose
 from .jit import kernel
 from .registers import REGISTER
-from .simd import flat, lanes, load, load_part, out_of_line, prefetch, reduce_add, select, splat, store, store_part
+from .simd import flat, in_use, lanes, load, load_part, out_of_line, reduce_add, select, splat, store, store_part
 from .tile import lanewise, load_row, load_tile, outer, store_tile, tile_add, zero_tile
 
 CHAIN, SHORT = 4096, 256  # most and fewest terms of a sum before it is added to the total
@@ -35,10 +36,11 @@ def _make_broadcast(rows):
     Rows of x are ``x_row`` apart, samples of g ``g_row``; x has a sample behind the other, and pixels ``x_pixel`` apart.
     """
     @kernel(exact=True, reads="x")
-    def tile(x, xi, x_row, x_pixel, g, gi, g_row, pixels, samples, total, ti, t_row):
+    def tile(x, xi, x_row, x_pixel, g, gi, g_row, pixels, samples, total, ti, t_row, ahead, wanted):
         out_of_line()
         acc = zero_tile(g, rows)
         for p in range(pixels):
+            fetch(ahead, wanted)
             xk = xi + p * x_pixel
             for _ in range(samples):
                 acc = outer(acc, x, xk, x_row, load_row(g, gi, None, 1))
@@ -57,12 +59,13 @@ def _make_dots(rows, columns):
     size = rows * columns
 
     @kernel(exact=True, reads="g x")
-    def tiles(g, gi, g_row, g_pixel, x, xi, x_row, x_pixel, pixels, samples, total, ti, t_row, outputs):
+    def tiles(g, gi, g_row, g_pixel, x, xi, x_row, x_pixel, pixels, samples, total, ti, t_row, outputs, ahead, wanted):
         out_of_line()
         whole = samples // lanes(g) * lanes(g)
         for _ in range(outputs // rows):
             acc = zero_tile(total, size)
             for p in range(pixels):
+                fetch(ahead, wanted)
                 gk, xk = gi + p * g_pixel, xi + p * x_pixel
                 for i in range(0, whole, lanes(g)):  # without a mask, which costs as much as several of the products
                     acc = lanewise(acc, g, gk + i, g_row, x, xk + i, x_row, None, columns)
@@ -83,7 +86,7 @@ _three_wide, _three_middle, _three_narrow, _three_one, _one_wide, _one_middle, _
 
 
 @kernel(exact=True, reads="x")
-def broadcast_products(x, xi, x_row, x_pixel, g, gi, g_row, pixels, samples, total, ti, t_row, rows, outputs):
+def broadcast_products(x, xi, x_row, x_pixel, g, gi, g_row, pixels, samples, total, ti, t_row, rows, outputs, ahead, wanted):
     """All tiles of one product, lanes being output channels: ``rows`` x ``outputs`` sums."""
     out_of_line()
     r = 0
@@ -93,7 +96,8 @@ def broadcast_products(x, xi, x_row, x_pixel, g, gi, g_row, pixels, samples, tot
         fives = left % 4 * 5
         step = 5 if 0 < fives <= left else 8 if left >= 8 else 4 if left >= 4 else 2 if left >= 2 else 1
         for o in range(0, outputs, lanes(g)):
-            task = (x, xi + r * x_row, x_row, x_pixel, g, gi + o, g_row, pixels, samples, total, ti + r * t_row + o, t_row)
+            task = (x, xi + r * x_row, x_row, x_pixel, g, gi + o, g_row, pixels, samples, total, ti + r * t_row + o, t_row,
+                    ahead, wanted)
             if step == 8:
                 _eight(*task)
             elif step == 5:
@@ -108,7 +112,7 @@ def broadcast_products(x, xi, x_row, x_pixel, g, gi, g_row, pixels, samples, tot
 
 
 @kernel(exact=True, reads="x g")
-def _dots(x, xi, x_row, x_pixel, g, gi, g_row, g_pixel, pixels, samples, total, ti, t_row, rows, outputs):
+def _dots(x, xi, x_row, x_pixel, g, gi, g_row, g_pixel, pixels, samples, total, ti, t_row, rows, outputs, ahead, wanted):
     """The same, lanes being samples."""
     out_of_line()
     o = outputs // 3 * 3
@@ -117,9 +121,9 @@ def _dots(x, xi, x_row, x_pixel, g, gi, g_row, g_pixel, pixels, samples, total, 
         left = rows - r
         step = WIDE if left >= WIDE else MIDDLE if left >= MIDDLE else NARROW if left >= NARROW else 1
         xk, tk = xi + r * x_row, ti + r * lanes(g)
-        threes = (g, gi, g_row, g_pixel, x, xk, x_row, x_pixel, pixels, samples, total, tk, t_row, o)
+        threes = (g, gi, g_row, g_pixel, x, xk, x_row, x_pixel, pixels, samples, total, tk, t_row, o, ahead, wanted)
         ones = (g, gi + o * g_row, g_row, g_pixel, x, xk, x_row, x_pixel, pixels, samples, total, tk + o * t_row, t_row,
-                outputs - o)
+                outputs - o, ahead, wanted)
         if step == WIDE:
             _three_wide(*threes)
             _one_wide(*ones)
@@ -136,33 +140,37 @@ def _dots(x, xi, x_row, x_pixel, g, gi, g_row, g_pixel, pixels, samples, total, 
 
 
 @kernel(exact=True, reads="x g")
-def _line_products(x, xi, x_row, pixel, width, left, stride, taps, dilation, g, gi, g_row, g_pixel, turned, wi, w_row,
-                   broadcast, pixels, samples, total, ti, t_row, rows, outputs):
-    """Either of these, with ``turned`` or ``g``, for each of ``taps`` taps, for those of the ``pixels`` that it meets.
+def _products(x, x_steps, ring, height, width, top, left, g, gi, g_steps, total, t_steps, broadcast, groups, kh, taps, rows,
+              outputs, stride, dilation, pixels, samples, ahead, wanted):
+    """Either of these, for ``pixels`` pixels of g, from ``gi`` on, and for all taps that meet the image.
 
-    ``left`` is the pixel of x, of ``width`` pixels side by side from ``xi`` on, that tap 0 of the first one of g meets.
+    The tap at the top left of the first pixel meets the pixel (top, left) of the images, of height x width, of which ``ring``
+    lines are there: line y is number ``y % ring``. A line of taps is ``taps`` products by themselves, side by side. Steps are
+    from row to row of a product, from pixel to pixel and from group to group; of ``total`` from row to row, from tap to tap,
+    from line to line of taps and from group to group.
     """
     out_of_line()
-    for kx in range(taps):
-        start = left + kx * dilation
-        first, last = max(0, -(start // stride)), min(pixels, (width - 1 - start) // stride + 1)  # -(a // b): rounded up
-        if first >= last:
-            continue
-        at = xi + (start + first * stride) * pixel
-        if broadcast:
-            broadcast_products(x, at, x_row, stride * pixel, turned, wi + first * samples * w_row, w_row, last - first,
-                               samples, total, ti + kx * rows * t_row, t_row, rows, outputs)
-        else:
-            _dots(x, at, x_row, stride * pixel, g, gi + first * g_pixel, g_row, g_pixel, last - first, samples,
-                  total, ti + kx * rows * lanes(g), t_row, rows, outputs)
-
-
-@kernel(exact=True, reads="x")
-def _fetch(x, xi, size):
-    """Have these elements brought near: read for the first time by products they would come too late."""
-    out_of_line()
-    for i in range(xi, min(xi + size, x.size), aligned.LINE // x.itemsize):
-        prefetch(x, i)
+    x_row, x_pixel, x_group = x_steps
+    g_row, g_pixel, g_group = g_steps
+    t_row, t_tap, t_line, t_group = t_steps
+    for group in range(groups):
+        for ky in range(kh):
+            iy = top + ky * dilation[0]
+            if not 0 <= iy < height:
+                continue
+            for kx in range(taps):
+                start, across = left + kx * dilation[1], stride[1]
+                # Of the pixels those that this tap meets; -(a // b) is -a / b rounded up.
+                first, last = max(0, -(start // across)), min(pixels, (width - 1 - start) // across + 1)
+                if first < last:
+                    factors = (x, (iy % ring * width + start + first * across) * x_pixel + group * x_group, x_row,
+                               across * x_pixel, g, gi + group * g_group + first * g_pixel, g_row)
+                    sums = (last - first, samples, total, group * t_group + ky * t_line + kx * t_tap, t_row, rows, outputs,
+                            ahead, wanted)
+                    if broadcast:
+                        broadcast_products(*factors, *sums)
+                    else:
+                        _dots(*factors, g_pixel, *sums)
 
 
 @kernel(exact=True, reads="x")
@@ -190,70 +198,79 @@ def weight_gradient(g, x, dw, stride, padding, dilation, groups):
     # What is a row of the product: a channel of all taps of a line, a tap of the only channel, or a channel of one tap.
     merged = (inners == 1 or (dilation[1] == 1 and groups == 1)) and (copy or padding[1] == 0)
     taps, rows = (1, kw * inners) if merged else (kw, inners)
-    pixel = channels * samples
-    row_stride = dilation[1] * pixel if inners == 1 else samples
-    # Of ``total`` for a line of taps: rows of outputs, or vectors, an output's lines side by side.
-    line, t_row = (kw * inners * filled, filled) if broadcast else (kw * inners * full, kh * kw * inners * full)
-    total = aligned.empty(groups * (kh * line if broadcast else outputs * t_row), g.dtype)
-    total[:] = 0
+    pixel, x_line, g_pixel = channels * samples, width * channels * samples, out * samples
+    x_row = dilation[1] * pixel if inners == 1 else samples
 
-    # So many pixels at a time that their part of g stays in the first cache, if the sums are not too short for that.
-    g_row = filled if groups == 1 else out + full
+    # The steps of :func:`_products`. Lanes are outputs: rows of outputs, of g one for each sample, of ``total`` one for each
+    # tap and channel. Lanes are samples: rows of samples, a vector of sums for each output, tap and channel.
+    chunk, turned_row = ow, filled if groups == 1 else out + full
     if broadcast:
-        chunk = max(NEAR // max(samples * g_row * g.itemsize, 1), SHORT // max(samples, 1), 1)
+        g_steps = turned_row, samples * turned_row, outputs
+        t_steps = filled, rows * filled, kw * inners * filled, kh * kw * inners * filled
+        # So many pixels at a time that they stay in the first cache, if the sums are not too short for that.
+        chunk = max(NEAR // max(samples * turned_row * g.itemsize, 1), SHORT // max(samples, 1), 1)
     else:
-        chunk = ow
+        g_steps = samples, g_pixel, outputs * samples
+        of_output = kh * kw * inners * full
+        t_steps = of_output, rows * full, kw * inners * full, outputs * of_output
     chunk = min(chunk, max(CHAIN // max(samples, 1), 1))
-    turned = aligned.empty(min(chunk, ow) * samples * g_row if broadcast else 0, g.dtype)
-    turned[:] = 0
     before, span = padding[1] if copy else 0, (kh - 1) * dilation[0] + 1
-    wide = width + 2 * before
+    wide, ring = width + 2 * before, span if copy else height
+    total = aligned.empty(groups * t_steps[3], g.dtype)
+    turned = aligned.empty(min(chunk, ow) * samples * turned_row if broadcast else 0, g.dtype)
     padded = aligned.empty(span * wide * pixel if copy else 0, g.dtype)
-    padded[:] = 0
-    copied = 0
+    total[:], turned[:], padded[:] = 0, 0, 0
+    near_x, near_g = flat(x), flat(g)
+    if copy:
+        near_x = flat(padded)
+    if broadcast:
+        near_g = flat(turned)
 
+    copied, ahead, new = 0, nothing_ahead(), min(stride[0], kh)
+    tiles = groups * kh * taps * -(-rows // (8 if broadcast else WIDE)) * -(-outputs // (full if broadcast else 3))
     for oy in range(oh):
         top = oy * stride[0] - padding[0]
         if copy:
             for iy in range(max(copied, top), min(top + span, height)):
-                _copy(x, iy * width * pixel, padded, (iy % span * wide + before) * pixel, width * pixel)
+                _copy(x, iy * x_line, padded, (iy % ring * wide + before) * pixel, x_line)
             copied = max(copied, top + span)
         for ox in range(0, ow, chunk):
-            pixels = min(chunk, ow - ox)
+            pixels, here = min(chunk, ow - ox), (oy * ow + ox) * g_pixel
             if broadcast:
                 for p in range(pixels):
-                    transpose(flat(g), (oy * ow + ox + p) * out * samples, samples, out, samples, turned,
-                              p * samples * g_row, g_row)
-            for group in range(groups):
-                for ky in range(kh):
-                    iy = top + ky * dilation[0]
-                    if not copy and group == 0:  # the lines that are new to the next pixels of g are asked for, bit by bit
-                        new = stride[0] * width * pixel
-                        _fetch(x, (top + span) * width * pixel + new * (ox * kh + ky * pixels) // (ow * kh),
-                               new * pixels // (ow * kh))
-                    if 0 <= iy < height:
-                        ti = (group * kh + ky) * line if broadcast else group * outputs * t_row + ky * line
-                        task = (row_stride, pixel, wide, ox * stride[1] - padding[1] + before, stride[1], taps, dilation[1],
-                                flat(g), ((oy * ow + ox) * out + group * outputs) * samples, samples, out * samples,
-                                turned, group * outputs, g_row, broadcast, pixels, samples, total, ti, t_row, rows, outputs)
-                        if copy:
-                            _line_products(padded, iy % span * wide * pixel + group * inners * samples, *task)
-                        else:
-                            _line_products(flat(x), iy * width * pixel + group * inners * samples, *task)
+                    transpose(flat(g), here + p * g_pixel, samples, out, samples, turned, p * g_steps[1], turned_row)
+            # Meanwhile ask for the next pixels of g, and of so large a part of the lines that are new to the next line of g.
+            after, there = here + pixels * g_pixel, (top + span + stride[0] - new) * x_line
+            next_is(ahead, 0, g, after, after + chunk * g_pixel)
+            next_is(ahead, 1, x, there + new * x_line * ox // ow, there + new * x_line * (ox + pixels) // ow)
+            _products(near_x, (x_row, pixel, inners * samples), ring, height, wide, top, ox * stride[1] - padding[1] + before,
+                      near_g, 0 if broadcast else here, g_steps, total, t_steps, broadcast, groups, kh, taps, rows, outputs,
+                      stride, dilation, pixels, samples, flat(ahead), lines_ahead(ahead, tiles * pixels))
+    in_use(turned)
+    in_use(padded)
+    _write_sums(total, broadcast, t_steps, dw, groups)
 
-    down, right, inward = dw.strides[2] // dw.itemsize, dw.strides[3] // dw.itemsize, dw.strides[1] // dw.itemsize
+
+@kernel(exact=True, writes="dw")
+def _write_sums(total, broadcast, steps, dw, groups):
+    """Copy the sums to where they belong in ``dw``; where lanes were samples, they are summed first."""
+    out_of_line()
+    outputs, inners, kh, kw = dw.shape[0] // groups, dw.shape[1], dw.shape[2], dw.shape[3]
+    inward, down, right = [stride // dw.itemsize for stride in dw.strides[1:]]
+    t_row, _, t_line, t_group = steps
+    full = lanes(dw)
     for group in range(groups):
         for ky in range(kh):
             for kx in range(kw):
                 for c in range(inners):
-                    r, at = kx * inners + c, ky * down + kx * right + c * inward + group * outputs
+                    ti, r = group * t_group + ky * t_line, kx * inners + c
                     if broadcast:
+                        at = group * outputs + c * inward + ky * down + kx * right
                         for o in range(0, outputs, full):
-                            store_part(dw, at + o, load(total, (group * kh + ky) * line + r * t_row + o), outputs - o)
+                            store_part(dw, at + o, load(total, ti + r * t_row + o), outputs - o)
                     else:
                         for o in range(outputs):
-                            dw[group * outputs + o, c, ky, kx] = reduce_add(
-                                load(total, (group * outputs + o) * t_row + ky * line + r * full))
+                            dw[group * outputs + o, c, ky, kx] = reduce_add(load(total, ti + o * t_row + r * full))
 
 
 @kernel(exact=True, reads="g y", writes="masked db", floats="g y masked db", name="conv2d_vjp")

@@ -9,8 +9,9 @@ each term, so its bits do not depend on the batch.
 
 import numpy as np
 
+from .ahead import fetch, lines_ahead, next_is, nothing_ahead
 from .gemm import transpose
-from .jit import kernel
+from .jit import kernel, vector_function
 from .registers import REGISTER
 from .simd import at, flat, lanes, load_part, out_of_line, splat, store_part
 from .taps import COUNT, FIRST, SOURCE, backward_taps, forward_taps
@@ -31,9 +32,10 @@ def _make_tile(rows, vectors):
 
     @kernel(exact=True, reads="x", writes="y")
     def tile(w, wi, w_line, w_pixel, x, xi, x_line, lines, columns, x_column, x_pixel, samples, channels, merged,
-             bias, bi, ones, low, y, yi, y_pixel, count):
+             bias, bi, ones, low, y, yi, y_pixel, count, ahead, wanted):
         out_of_line()
         for ox in range(columns.shape[0]):
+            fetch(ahead, wanted)
             acc = zero_tile(y, size)
             taps = columns[ox, COUNT]
             runs, length = (1, taps * channels) if merged else (taps, channels)
@@ -96,6 +98,21 @@ def pack_weights(w, row, inner, group, down, across, rows, inners, groups, block
             o += n
 
 
+@vector_function
+def _end(taps, o, step):
+    """Of a plan (:mod:`taps`): the source pixel behind the last one that pixel ``o`` meets, if it meets one."""
+    return taps[o, SOURCE] + (taps[o, COUNT] - 1) * step + 1
+
+
+@kernel(reads="bias")
+def bias_and_least(bias, relu, outputs, y):
+    """The ``bias`` of each output, zeros if it has size 0, and what no result is below, in the dtype of ``y``."""
+    biases = np.zeros(outputs, y.dtype)
+    for o in range(bias.size):  # an assignment of slices takes numba a second to compile
+        biases[o] = bias[o]
+    return biases, biases.dtype.type(0 if relu else -np.inf)
+
+
 @kernel(exact=True, reads="x weight bias", writes="y", floats="x weight bias y", name="conv2d")
 def convolve(x, weight, bias, relu, y, stride, padding, dilation, groups, backward):
     """``conv2d`` of ``x``, or ``backward`` its gradient for images; both ``x`` and ``y`` lie batch innermost.
@@ -120,29 +137,35 @@ def convolve(x, weight, bias, relu, y, stride, padding, dilation, groups, backwa
     across, columns, column_step = plan_across
     w = np.empty(weight.size, weight.dtype)
     pack_weights(weight, outer_stride, inner_stride, group_stride, down, across, outputs, channels, groups, 0, w)
-    biases = np.zeros(groups * outputs, y.dtype)
-    for o in range(bias.size):
-        biases[o] = bias[o]
-    low = biases.dtype.type(0 if relu else -np.inf)  # no result is below it
+    biases, low = bias_and_least(bias, relu, groups * outputs, y)
 
     x_pixel, y_pixel = groups * channels * samples, groups * outputs * samples
+    x_line, y_line = width * x_pixel, len(columns) * y_pixel
     merged = column_step == 1 and groups == 1  # the channels of one pixel are followed by those of the next
     full = lanes(y)
     ones = np.ones(VECTORS * full, y.dtype)
-    for i in range(0, samples, VECTORS * full):
-        count = min(samples - i, VECTORS * full)
-        for oy in range(len(lines)):
+    ahead, known = nothing_ahead(), 0
+    times = -(-samples // (VECTORS * full)) * groups * -(-outputs // ROWS) * len(columns)
+    # Line by line of the result for all samples: so all that is read and written goes forward in memory.
+    for oy in range(len(lines)):
+        # Meanwhile ask for the next line of y, and for the lines of x that are new to it.
+        known, following = max(known, _end(lines, oy, line_step)), min(oy + 1, len(lines) - 1)
+        next_is(ahead, 0, y, (oy + 1) * y_line, (oy + 2) * y_line)
+        next_is(ahead, 1, x, max(known, lines[following, SOURCE]) * x_line, _end(lines, following, line_step) * x_line)
+        wanted = lines_ahead(ahead, times)
+        for i in range(0, samples, VECTORS * full):
+            count = min(samples - i, VECTORS * full)
             for group in range(groups):
                 o = 0
                 while o < outputs:
                     rows = next_rows(outputs - o)
                     out = group * outputs + o
                     wi = (out * kh + lines[oy, FIRST] * rows) * kw * channels
-                    xi = (lines[oy, SOURCE] * width * groups + group) * channels * samples + i
-                    yi = (oy * len(columns) * groups * outputs + out) * samples + i
-                    task = (w, wi, kw * channels * rows, channels * rows, x, xi, line_step * width * x_pixel,
+                    xi = lines[oy, SOURCE] * x_line + group * channels * samples + i
+                    yi = oy * y_line + out * samples + i
+                    task = (w, wi, kw * channels * rows, channels * rows, x, xi, line_step * x_line,
                             lines[oy, COUNT], columns, column_step * x_pixel, x_pixel, samples, channels, merged, biases, out,
-                            ones, low, y, yi, y_pixel, count)
+                            ones, low, y, yi, y_pixel, count, flat(ahead), wanted)
                     if count > full:
                         if rows == 8:
                             _eight(*task)

@@ -130,6 +130,25 @@ def prefetch(typing, a, i):
 
 
 @intrinsic
+def address(typing, a, i):
+    """Where position ``i`` of ``a`` is in memory: a number of bytes."""
+    def code(context, builder, signature, args):
+        return builder.ptrtoint(emit_pointer(context, builder, a, *args), ir.IntType(types.intp.bitwidth))
+
+    return types.intp(a, types.intp), code
+
+
+@intrinsic
+def prefetch_address(typing, address):
+    """As :func:`prefetch`, for the cache line at an :func:`address`."""
+    def code(context, builder, signature, args):
+        emit_fetch(builder, builder.inttoptr(args[0], ir.IntType(8).as_pointer()), near=2)
+        return context.get_dummy_value()
+
+    return types.none(types.intp), code
+
+
+@intrinsic
 def out_of_line(typing):
     """Compile the function that says so once, and let its callers call it, instead of a copy in each of them.
 

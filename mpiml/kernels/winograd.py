@@ -24,7 +24,7 @@ together before they are transformed, which saves a tenth.
 import numpy as np
 
 from . import aligned
-from .direct import pack_weights
+from .direct import bias_and_least, pack_weights
 from .gemm import ROWS, VECTORS, column_of_tiles, make_tiles
 from .jit import inlined, kernel, vector_function
 from .polynomial import number
@@ -181,7 +181,7 @@ def transform_squares(x, i, first, end, wide, above, before, count, v, plane, ne
 
 
 @vector_function
-def _finish(m, bias, least, y, yi, pixel, inside, count):
+def _line(m, bias, least, y, yi, pixel, inside, count):
     """``A' m`` of six values, plus ``bias`` and not below ``least``: the first ``inside`` of the four pixels are written."""
     p0, p1, p2, p3 = _result_pixels(m)
     store_part(y, yi, maximum(least, p0 + bias), count)
@@ -194,43 +194,49 @@ def _finish(m, bias, least, y, yi, pixel, inside, count):
 
 
 @kernel(exact=True, writes="y")
+def _square(m, at, plane, bias, low, y, yi, line, pixel, below, right, count):
+    """``A' m A`` for a vector of samples: the first ``below`` x ``right`` of the 4 x 4 pixels, ``line`` and ``pixel`` apart."""
+    out_of_line()
+    biases, least, down = splat(bias), splat(low), 6 * plane
+    rows = across((_result_pixels(_six(m, at, down)), _result_pixels(_six(m, at + plane, down)),
+                   _result_pixels(_six(m, at + 2 * plane, down)), _result_pixels(_six(m, at + 3 * plane, down)),
+                   _result_pixels(_six(m, at + 4 * plane, down)), _result_pixels(_six(m, at + 5 * plane, down))))
+    _line(rows[0], biases, least, y, yi, pixel, right, count)
+    if below > 1:
+        _line(rows[1], biases, least, y, yi + line, pixel, right, count)
+    if below > 2:
+        _line(rows[2], biases, least, y, yi + 2 * line, pixel, right, count)
+    if below > 3:
+        _line(rows[3], biases, least, y, yi + 3 * line, pixel, right, count)
+
+
+@kernel(exact=True, writes="y")
 def _transform_results(m, plane, bias, low, y, i, first, end, wide, count, near):
     """``A' m A`` of all outputs and squares, as :func:`transform_squares` has them in a row.
 
-    Where a vector holds samples of several squares, these go to where they belong by way of ``near``.
+    A vector of samples of one square is written to where it belongs. One that holds several squares, of few samples, is
+    written to ``near``, from where each sample's pixels are copied.
     """
     out_of_line()
     samples, outputs, height, width = y.shape
     full, panel, pixels = lanes(m), VECTORS * lanes(m), flat(y)
-    down, least, mixed = 6 * plane, splat(low), count < full
+    pixel = outputs * samples
     for o in range(outputs):
-        biases = splat(bias[o])
         for s in range(0, (end - first) * count, full):
-            at, top, left, part = o * panel + s, 0, 0, full
-            to, line, pixel, place = s, 4 * panel, panel, near
-            if not mixed:
-                t = first + s // count
-                top, left, part = t // wide * 4, t % wide * 4, count - s % count
-                line, pixel, place = width * outputs * samples, outputs * samples, pixels
-                to = top * line + left * pixel + o * samples + i + s % count
-            rows = across((_result_pixels(_six(m, at, down)), _result_pixels(_six(m, at + plane, down)),
-                           _result_pixels(_six(m, at + 2 * plane, down)), _result_pixels(_six(m, at + 3 * plane, down)),
-                           _result_pixels(_six(m, at + 4 * plane, down)), _result_pixels(_six(m, at + 5 * plane, down))))
-            right, below = (4, 4) if mixed else (width - left, height - top)
-            _finish(rows[0], biases, least, place, to, pixel, right, part)
-            if below > 1:
-                _finish(rows[1], biases, least, place, to + line, pixel, right, part)
-            if below > 2:
-                _finish(rows[2], biases, least, place, to + 2 * line, pixel, right, part)
-            if below > 3:
-                _finish(rows[3], biases, least, place, to + 3 * line, pixel, right, part)
-        for t in range(first, end if mixed else first):
-            top, left = t // wide * 4, t % wide * 4
-            for k in range(min(4, height - top)):
-                to = (((top + k) * width + left) * outputs + o) * samples + i
-                for p in range(4 * k, 4 * k + min(4, width - left)):
-                    _copy(near, p * panel + (t - first) * count, pixels, to, count)
-                    to += outputs * samples
+            if count >= full:
+                t, part = first + s // count, s % count
+                top, left = t // wide * 4, t % wide * 4
+                _square(m, o * panel + s, plane, bias[o], low, pixels, (top * width + left) * pixel + o * samples + i + part,
+                        width * pixel, pixel, height - top, width - left, count - part)
+            else:
+                _square(m, o * panel + s, plane, bias[o], low, near, s, 4 * panel, panel, 4, 4, full)
+        if count < full:
+            for t in range(first, end):
+                top, left = t // wide * 4, t % wide * 4
+                for p in range(16):
+                    if top + p // 4 < height and left + p % 4 < width:
+                        to = ((top + p // 4) * width + left + p % 4) * pixel + o * samples + i
+                        _copy(near, p * panel + (t - first) * count, pixels, to, count)
 
 
 @kernel(exact=True, reads="x")
@@ -279,10 +285,7 @@ def convolve_by_values(x, weight, bias, relu, y, padding, backward):
     taps, above, before = np.arange(3), padding[0], padding[1]
     if backward:  # the same with the kernel turned round
         by_row, by_inner, taps, above, before = by_inner, by_row, taps[::-1].copy(), 2 - above, 2 - before
-    biases = np.zeros(outputs, y.dtype)
-    for o in range(bias.size):
-        biases[o] = bias[o]
-    low = biases.dtype.type(0 if relu else -np.inf)
+    biases, low = bias_and_least(bias, relu, outputs, y)
 
     full, panel = lanes(y), VECTORS * lanes(y)
     inner = channels * outputs

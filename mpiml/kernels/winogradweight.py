@@ -14,11 +14,12 @@ For 32 images one core of AMD Zen 4 takes 0.70 ms instead of 1.36 for 16 to 16 c
 import numpy as np
 
 from . import aligned
+from .ahead import nothing_ahead
 from .convweight import broadcast_products
 from .gemm import ROWS, VECTORS
 from .jit import kernel, vector_function
 from .polynomial import number
-from .simd import fma, lanes, load, out_of_line, splat, store
+from .simd import flat, fma, lanes, load, out_of_line, splat, store
 from .tile import across, load_row, load_tile, outer, store_tile, tile_add, turn_part, zero_tile
 from .winograd import VALUES, near_size, prefetch_pixel, transform_squares
 
@@ -120,7 +121,7 @@ def _add_products(v, row, v_plane, w, line, w_plane, sums, plane, channels, dept
     out_of_line()
     wide = (g.shape[3] + 3) // 4
     full, panel = lanes(v), VECTORS * lanes(v)
-    whole = channels // ROWS * ROWS
+    whole, nothing = channels // ROWS * ROWS, nothing_ahead()
     for value in range(VALUES):
         vi, wi, si = value * v_plane, value * w_plane, value * plane
         for t in range(first, end):
@@ -136,7 +137,7 @@ def _add_products(v, row, v_plane, w, line, w_plane, sums, plane, channels, dept
                 _narrow(v, vi, row, w, wi + o, line, sums, si + o, whole, depth)
         if whole < channels:
             broadcast_products(v, vi + whole * row, row, 0, w, wi, line, 1, depth, sums, si + whole * line, line,
-                               channels - whole, line)
+                               channels - whole, line, flat(nothing), 0)
 
 
 @kernel(exact=True, writes="dw")

@@ -4,6 +4,7 @@ import inspect
 
 from mpiml import ops
 
+from .layers import MaxPool2d
 from .module import Module, run
 
 
@@ -11,7 +12,8 @@ class Sequential(Module):
     """Layers and plain functions, one after the other.
 
     A slice, ``model[2:5]``, is a Sequential of the same layers under the same names. Where :func:`mpiml.ops.relu` follows a
-    layer whose ``__call__`` has an argument ``relu``, the layer is told to apply it, so that one kernel computes both.
+    layer whose ``__call__`` has an argument ``relu``, the layer is told to apply it, so that one kernel computes both. One
+    between a layer and a :class:`MaxPool2d` is applied by the latter: the same result, of fewer numbers.
     """
 
     def __init__(self, *layers, first=0):
@@ -21,6 +23,8 @@ class Sequential(Module):
         for layer in layers:
             if layer is ops.relu and self._calls and _takes_relu(self._calls[-1]):
                 self._calls[-1] = self._calls[-1][0], True
+            elif isinstance(layer, MaxPool2d) and self._calls and self._calls[-1][1]:
+                self._calls[-1:] = (self._calls[-1][0], False), (layer, True)
             else:
                 self._calls.append((layer, False))
 

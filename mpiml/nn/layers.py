@@ -41,8 +41,8 @@ class MaxPool2d(Module):
     def __init__(self, kernel_size, stride=None, padding=0):
         self.options = {"kernel_size": kernel_size, "stride": stride, "padding": padding}
 
-    def __call__(self, x, training=False):
-        return ops.max_pool2d(x, **self.options)
+    def __call__(self, x, training=False, relu=False):
+        return ops.max_pool2d(x, **self.options, relu=relu)
 
 
 class AvgPool2d(Module):

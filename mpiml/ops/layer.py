@@ -46,15 +46,15 @@ def conv2d(x, weight, bias=None, stride=1, padding=0, dilation=1, groups=1, relu
 
 
 @op
-def max_pool2d(x, kernel_size, stride=None, padding=0):
-    """Largest element of each window of x (n, c, h, w); ``stride`` is the window's size by default."""
+def max_pool2d(x, kernel_size, stride=None, padding=0, relu=False):
+    """Largest element of each window of x (n, c, h, w), or 0 with ``relu``; ``stride`` is the window's size by default."""
     image("max_pool2d", x)
     size = pair("kernel_size", kernel_size)
     stride, padding = pair("stride", kernel_size if stride is None else stride), pair("padding", padding)
     windows("max_pool2d", x, size, stride, padding)
     if 2 * padding[0] > size[0] or 2 * padding[1] > size[1]:
         raise ValueError(f"max_pool2d with windows of {size} takes a padding of half of that at most, not {padding}")
-    value, index = k.max_pool2d(x, size, stride, padding)
+    value, index = k.max_pool2d(x, size, stride, padding, relu)
     shape = x.shape
     return value, (lambda g: k.max_pool2d_vjp(g, index, shape, size, stride, padding),)
 
