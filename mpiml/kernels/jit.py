@@ -124,14 +124,9 @@ def one_dtype(name, arrays):
                             f"other")
 
 
-# Two decorators for functions that become a part of the kernel that calls them, and are not compiled by themselves.
-# ``inlined``, for short functions of arrays: numba puts their text there. A call that hands over arrays, even one that LLVM
-# inlines, counts references to them, which is too much for a short run. As it stands that is true of gemm.column_of_tiles
-# alone: numba 0.68 takes ``inline`` out of the options when this is first used as a decorator, and the functions that come
-# later are called, or inlined by LLVM. All times were measured so.
-inlined = register_jitable(inline="always")
-# ``vector_function``, for functions of vectors and loops over them: LLVM puts their code there, and vectors stay in
-# registers. (The opposite, a kernel that is compiled once and called, begins with simd.out_of_line.)
+# For functions of vectors, and loops over them: LLVM puts their code into the kernel that calls them, so that vectors stay in
+# registers. (The opposite, a kernel that is compiled once and called, begins with simd.out_of_line.) Short functions of
+# arrays are numba's ``register_jitable``: compiled along, and called, or inlined where LLVM thinks so.
 vector_function = register_jitable(error_model="numpy", forceinline=True)
 
 

@@ -23,9 +23,10 @@ once more from x, which is read anyhow, so that neither the result nor another g
 """
 
 import numpy as np
+from numba.extending import register_jitable
 
 from . import aligned
-from .jit import inlined, kernel
+from .jit import kernel
 from .normalize_columns import column_affine, column_affine_vjp, column_moments, column_products
 from .normalize_rows import row_affine, row_affine_vjp, row_moments, row_products
 from .public import given, public, refuse
@@ -48,7 +49,7 @@ def _coefficients(var, c, eps, weight, bias):
     return scale, offset
 
 
-@inlined
+@register_jitable
 def _block(x, b, samples, columns):
     """Block ``b`` of x, the axis that is contiguous last."""
     block = x[b * samples:(b + 1) * samples]

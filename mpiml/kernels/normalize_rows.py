@@ -10,8 +10,9 @@ the next ones; those left over one by one.
 """
 
 import numpy as np
+from numba.extending import register_jitable
 
-from .jit import inlined, kernel
+from .jit import kernel
 from .simd import (
     at,
     first_lanes,
@@ -31,14 +32,14 @@ from .tile import dot_tile, load_tile, tile_fma, tile_multiply, tile_subtract, t
 RUNS = 4  # of a channel that are added up at once: their sums are loaded and stored that much less often
 
 
-@inlined
+@register_jitable
 def _steps(x):
     """Strides of the first two axes in elements, elements of whole vectors in a run, and of the rest of it."""
     size, m = x.itemsize, x.shape[2]
     return x.strides[0] // size, x.strides[1] // size, m // lanes(x) * lanes(x), m % lanes(x)
 
 
-@inlined
+@register_jitable
 def _run_sum(x, i, count):
     """Sum, lane by lane, of the ``count`` elements from position ``i``."""
     width = lanes(x)
@@ -51,7 +52,7 @@ def _run_sum(x, i, count):
     return total
 
 
-@inlined
+@register_jitable
 def _run_deviations(x, i, count, mean):
     """Sums, lane by lane, of d = x - mean and of d * d, over the ``count`` elements from position ``i``."""
     width = lanes(x)

@@ -22,11 +22,12 @@ together before they are transformed, which saves a tenth.
 """
 
 import numpy as np
+from numba.extending import register_jitable
 
 from . import aligned
 from .direct import bias_and_least, pack_weights
 from .gemm import ROWS, VECTORS, column_of_tiles, make_tiles
-from .jit import inlined, kernel, vector_function
+from .jit import kernel, vector_function
 from .polynomial import number
 from .simd import flat, fma, lanes, load, load_part, maximum, out_of_line, prefetch, splat, store, store_part
 from .tile import across, load_row, load_tile, store_tile, tile_add, tile_fma, tile_multiply, tile_subtract
@@ -39,12 +40,12 @@ _IMAGE_COST, _RESULT_COST = 330, 270
 _tiles = make_tiles(ROWS, VECTORS, False)
 
 
-@inlined
+@register_jitable
 def _block(panel):
     return (VALUES + 1) * panel  # of a channel's pixels; one more, so that channels do not want the same places of the cache
 
 
-@inlined
+@register_jitable
 def near_size(panel):
     """Elements of the memory that :func:`transform_squares` copies pixels to."""
     return NEAR * _block(panel)
