@@ -10,7 +10,7 @@ from . import aligned
 from .jit import kernel
 from .public import contiguous_output, public, refuse
 from .simd import borrowed, first_lanes, flat, in_use, lanes, load, load_part, reduce_add, select, splat, store, store_part
-from .softmax import BLOCK, block_exponentials, block_rows, in_place, log_totals, pitch, row_times
+from .softmax import block_exponentials, block_rows, in_place, log_totals, pitch, row_times, workspace
 
 
 @kernel(reads="labels")
@@ -28,9 +28,7 @@ def _label_loss(x, labels, smoothing, ignore, p):
     rows, n = x.shape
     step = lanes(x)
     whole = n - n % step
-    tops, totals = np.ones(BLOCK, x.dtype), np.ones(BLOCK, x.dtype)
-    block = block_rows(n)
-    scratch = aligned.empty(0 if in_place(n, x) else block * pitch(n, x), x.dtype)
+    block, scratch, tops, totals = workspace(n, x, in_place(n, x))
     loss = 0.0
     x, p, e = borrowed(x), flat(p), flat(p) if in_place(n, x) else flat(scratch)
     for first in range(0, rows, block):

@@ -133,6 +133,14 @@ def in_place(n, x):
 
 
 @vector_function
+def workspace(n, x, elsewhere):
+    """For blocks of rows of n: their number, room for exponentials that are not written ``elsewhere``, tops and sums."""
+    rows = block_rows(n)
+    room = aligned.empty(0 if elsewhere else rows * pitch(n, x), x.dtype)
+    return rows, room, np.ones(BLOCK, x.dtype), np.ones(BLOCK, x.dtype)
+
+
+@vector_function
 def log_totals(totals):
     """Logarithms in place of the sums, in whole vectors; what becomes of the places of no row is read by nobody."""
     for i in range(0, totals.size, lanes(totals)):
@@ -144,9 +152,7 @@ def log_totals(totals):
 @kernel(exact=True, reads="x", writes="y", floats="x y")
 def _softmax(x, y):
     rows, n = x.shape
-    tops, totals = np.ones(BLOCK, x.dtype), np.ones(BLOCK, x.dtype)
-    block = block_rows(n)
-    scratch = aligned.empty(0 if in_place(n, x) else block * pitch(n, x), x.dtype)
+    block, scratch, tops, totals = workspace(n, x, in_place(n, x))
     x, y, e = borrowed(x), flat(y), flat(y) if in_place(n, x) else flat(scratch)
     for first in range(0, rows, block):
         m = min(block, rows - first)
@@ -162,9 +168,7 @@ def _log_softmax(x, y):
     rows, n = x.shape
     step = lanes(x)
     whole = n - n % step
-    tops, totals = np.ones(BLOCK, x.dtype), np.ones(BLOCK, x.dtype)
-    block = block_rows(n)
-    scratch = np.empty(block * pitch(n, x), x.dtype)
+    block, scratch, tops, totals = workspace(n, x, False)
     for first in range(0, rows, block):
         m = min(block, rows - first)
         block_exponentials(x, first * n, scratch, 0, m, n, tops, totals)
@@ -265,9 +269,7 @@ def log_softmax_vjp(g, y, out=None):
 @kernel(exact=True, reads="x", floats="x y")
 def _logsumexp(x, y):
     rows, n = x.shape
-    tops, totals = np.ones(BLOCK, x.dtype), np.ones(BLOCK, x.dtype)
-    block = block_rows(n)
-    scratch = np.empty(block * pitch(n, x), x.dtype)
+    block, scratch, tops, totals = workspace(n, x, False)
     for first in range(0, rows, block):
         m = min(block, rows - first)
         block_exponentials(x, first * n, scratch, 0, m, n, tops, totals)
