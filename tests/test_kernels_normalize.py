@@ -109,7 +109,7 @@ def test_layer_norm_far_from_zero(features):
 
 
 @either
-@pytest.mark.parametrize("features", [10, 75, 300])
+@pytest.mark.parametrize("features", [10, 75, 300, 1100])
 def test_a_row_has_the_same_bits_in_any_batch(dtype, features):
     x, g, weight, bias = draw(0, (128, features), (128, features), features, features, dtype=dtype)
     y, mean, scale = k.layer_norm(x, weight, bias)

@@ -56,7 +56,7 @@ def _block(x, b, samples, columns):
     return block.T if columns else block
 
 
-@inlined
+@register_jitable
 def _by_places(x, samples, columns):
     """Whether coefficients are applied to one place after the other: where the samples of a block do not fill a vector."""
     return columns and min(samples, len(x)) < lanes(x) <= len(x) * x.shape[1]

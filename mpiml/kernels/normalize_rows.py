@@ -30,6 +30,7 @@ from .simd import (
 from .tile import dot_tile, load_tile, tile_fma, tile_multiply, tile_subtract, tile_where_positive
 
 RUNS = 4  # of a channel that are added up at once: their sums are loaded and stored that much less often
+PAGE = 1 << 12  # bytes
 
 
 @register_jitable
@@ -37,6 +38,17 @@ def _steps(x):
     """Strides of the first two axes in elements, elements of whole vectors in a run, and of the rest of it."""
     size, m = x.itemsize, x.shape[2]
     return x.strides[0] // size, x.strides[1] // size, m // lanes(x) * lanes(x), m % lanes(x)
+
+
+@register_jitable
+def _together(x):
+    """Of how many samples RUNS runs are added up at once; of the others they are one by one.
+
+    Runs side by side are as many places in memory. Where these are not in a cache and samples shorter than a page, it takes
+    twice as long to read them so (see :mod:`mpiml.kernels.layernorm`): with 32 x 16 x 32 x 32 elements 160 us instead of 85.
+    """
+    n, c, m = x.shape
+    return 0 if c * m * x.itemsize <= PAGE and m >= 2 * lanes(x) else n // RUNS * RUNS
 
 
 @register_jitable
@@ -143,7 +155,7 @@ def row_moments(x, mean, var):
     store(inverse, 0, select(count > zero, one / count, zero))
     for ch in range(c):
         store(means, ch * width, _run_sum(x, ch * by_channel, m) * load(inverse, 0))
-    whole = n // RUNS * RUNS
+    whole = _together(x)
     _add_moments(x, 0, whole, inverse, means, squares)
     _add_moments_of_one(x, whole, n, inverse, means, squares)
     # The lanes' means together, less one of them, which is that much more exact; and what they differ from that.
@@ -201,7 +213,7 @@ def row_products(g, x, mean, scale, offset, relu, total, product):
     """Sums of g and of g * (x - mean), (c,), for each channel; with ``relu`` where (x - mean) * scale + offset > 0."""
     n, c, width = len(x), x.shape[1], lanes(x)
     totals, products = np.zeros(c * width, x.dtype), np.zeros(c * width, x.dtype)
-    whole = n // RUNS * RUNS
+    whole = _together(x)
     _add_products(g, x, 0, whole, mean, scale, offset, relu, totals, products)
     _add_products_of_one(g, x, whole, n, mean, scale, offset, relu, totals, products)
     for ch in range(c):
