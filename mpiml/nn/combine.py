@@ -23,7 +23,7 @@ class Sequential(Module):
         for layer in layers:
             if layer is ops.relu and self._calls and _takes_relu(self._calls[-1]):
                 self._calls[-1] = self._calls[-1][0], True
-            elif isinstance(layer, MaxPool2d) and self._calls and self._calls[-1][1]:
+            elif type(layer) is MaxPool2d and self._calls and self._calls[-1][1]:  # of a subclass nobody knows what it does
                 self._calls[-1:] = (self._calls[-1][0], False), (layer, True)
             else:
                 self._calls.append((layer, False))
