@@ -274,6 +274,8 @@ def main():
     parser.add_argument("families", nargs="*", metavar="FAMILY", help=", ".join(FAMILIES))
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     args = parser.parse_args()
+    if unknown := {*args.families} - {*FAMILIES}:
+        parser.error(f"there is no family {', '.join(sorted(unknown))}, but {', '.join(FAMILIES)}")
     top = peak()
     print(f"{versions()}; medians of {args.rounds} rounds\n"
           f"peak {top / 1e9:.0f} GF/s; triad {bandwidth(1 << 18) / 1e9:.0f} GB/s in cache, "
