@@ -72,7 +72,8 @@ def main():
     for number in range(args.cold):
         with tempfile.TemporaryDirectory() as folder:
             seconds, kernels, most = start(8, NUMBA_CACHE_DIR=folder)
-            print(f"cold start {number + 1}: {seconds:.1f} s, {kernels} kernels compiled, one at most {most} times", flush=True)
+            print(f"cold start {number + 1}: {seconds:.1f} s, {kernels} kernels compiled, none more than {most} times",
+                  flush=True)
 
 
 main()

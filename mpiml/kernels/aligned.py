@@ -16,7 +16,7 @@ from numba.extending import overload
 
 from .jit import kernel
 
-LINE, GAP = 64, 512  # bytes
+LINE, GAP, PAGE = 64, 512, 1 << 12  # bytes; beyond a page of memory the processor fetches nothing ahead
 LARGE = 1 << 16  # bytes from which on it pays to let a result begin at a line: finding it takes a microsecond
 
 

@@ -14,7 +14,8 @@ cancels is at most as many times the sum as there are vectors in a row.
 import numpy as np
 
 from . import aligned
-from .jit import kernel
+from .aligned import PAGE
+from .jit import kernel, vector_function
 from .public import contiguous_output, given, public, refuse
 from .registers import REGISTER
 from .simd import (
@@ -50,8 +51,7 @@ from .tile import (
 
 ROWS = REGISTER // 8  # short rows at a time; their sums are lanes of one vector, of float64 all of them
 SHORT = 1 << 10  # bytes of a row up to which so many, and their results, stay in the first cache until they are read again
-LONG = 1 << 12  # bytes of a row, a page of memory, above which several are taken at a time again,
-FEW = min(ROWS, 4)  # but not as many
+FEW = min(ROWS, 4)  # rows longer than a page at a time
 ROWS_VJP = 2
 WIDE = 4  # vectors at a time of a row on its own
 
@@ -99,6 +99,13 @@ def _make_rows(size):
 _rows, _few_rows, _row = _make_rows(ROWS), _make_rows(FEW), _make_rows(1)
 
 
+@vector_function
+def _affine(x, i, mu, factor, weight, bias, j, y, count):
+    """WIDE vectors of y from position i on, features from j on, or ``count`` elements of them."""
+    d = (load_wide(x, i, count, WIDE) - mu) * factor
+    store_part(y, i, fma(d, load_wide(weight, j, count, WIDE), load_wide(bias, j, count, WIDE)), count)
+
+
 @kernel(exact=True)
 def _one_by_one(x, weight, bias, eps, y, mean, scale):
     """The same for all rows of x, of at least WIDE vectors."""
@@ -124,12 +131,9 @@ def _one_by_one(x, weight, bias, eps, y, mean, scale):
         mean[r], scale[r] = base + off, t(1) / np.sqrt(variance + t(eps))
         mu, factor = filled(zero, mean[r]), filled(zero, scale[r])
         for j in range(0, whole, step):
-            d = (load_wide(x, i + j, None, WIDE) - mu) * factor
-            store(y, i + j, fma(d, load_wide(weight, j, None, WIDE), load_wide(bias, j, None, WIDE)))
+            _affine(x, i + j, mu, factor, weight, bias, j, y, None)
         if rest:
-            d = (load_wide(x, i + whole, rest, WIDE) - mu) * factor
-            d = fma(d, load_wide(weight, whole, rest, WIDE), load_wide(bias, whole, rest, WIDE))
-            store_part(y, i + whole, d, rest)
+            _affine(x, i + whole, mu, factor, weight, bias, whole, y, rest)
 
 
 @kernel(exact=True, floats="x weight bias y mean scale")
@@ -137,7 +141,7 @@ def _layer_norm(x, weight, bias, eps, y, mean, scale):
     if x.size == 0:
         return
     size = x.shape[1] * x.itemsize
-    if SHORT < size <= LONG:
+    if SHORT < size <= PAGE:
         _one_by_one(x, weight, bias, eps, y, mean, scale)
         return
     many = len(x) // ROWS * ROWS if size <= SHORT else 0
@@ -196,6 +200,23 @@ def _make_rows_vjp(size):
 _rows_vjp, _row_vjp = _make_rows_vjp(ROWS_VJP), _make_rows_vjp(1)
 
 
+@vector_function
+def _add_products(g, x, i, mu, weight, j, sum_g, sum_gd, count):
+    """The sums of g * weight, and of that times x - mean, with those of WIDE vectors more, or ``count`` elements of them."""
+    w = load_wide(g, i, count, WIDE) * load_wide(weight, j, count, WIDE)
+    return sum_g + w, fma(w, load_wide(x, i, count, WIDE) - mu, sum_gd)
+
+
+@vector_function
+def _affine_vjp(g, x, i, mu, factor, tilt, term, weight, j, dx, dweight, dbias, count):
+    """WIDE vectors of dx, or ``count`` elements of them, and what they add to dweight and dbias."""
+    v, d = load_wide(g, i, count, WIDE), load_wide(x, i, count, WIDE) - mu
+    u = v * factor
+    store_part(dx, i, fma(u, load_wide(weight, j, count, WIDE), fma(d, tilt, term)), count)
+    store_part(dweight, j, fma(u, d, load_wide(dweight, j, count, WIDE)), count)
+    store_part(dbias, j, v + load_wide(dbias, j, count, WIDE), count)
+
+
 @kernel(exact=True)
 def _one_by_one_vjp(g, x, mean, scale, weight, dx, dweight, dbias):
     """The same for all such rows of x."""
@@ -208,27 +229,17 @@ def _one_by_one_vjp(g, x, mean, scale, weight, dx, dweight, dbias):
         i = r * count
         sum_g, sum_gd, mu = zero, zero, filled(zero, mean[r])
         for j in range(0, whole, step):
-            w = load_wide(g, i + j, None, WIDE) * load_wide(weight, j, None, WIDE)
-            sum_g, sum_gd = sum_g + w, fma(w, load_wide(x, i + j, None, WIDE) - mu, sum_gd)
+            sum_g, sum_gd = _add_products(g, x, i + j, mu, weight, j, sum_g, sum_gd, None)
         if rest:
-            w = load_wide(g, i + whole, rest, WIDE) * load_wide(weight, whole, rest, WIDE)
-            sum_g, sum_gd = sum_g + w, fma(w, load_wide(x, i + whole, rest, WIDE) - mu, sum_gd)
+            sum_g, sum_gd = _add_products(g, x, i + whole, mu, weight, whole, sum_g, sum_gd, rest)
         s = scale[r]
         factor = filled(zero, s)
         term = filled(zero, -s / t(count) * reduce_add(sum_g))
         tilt = filled(zero, -s / t(count) * s * s * reduce_add(sum_gd))
         for j in range(0, whole, step):
-            v, d = load_wide(g, i + j, None, WIDE), load_wide(x, i + j, None, WIDE) - mu
-            u = v * factor
-            store(dx, i + j, fma(u, load_wide(weight, j, None, WIDE), fma(d, tilt, term)))
-            store(dweight, j, fma(u, d, load_wide(dweight, j, None, WIDE)))
-            store(dbias, j, v + load_wide(dbias, j, None, WIDE))
+            _affine_vjp(g, x, i + j, mu, factor, tilt, term, weight, j, dx, dweight, dbias, None)
         if rest:
-            v, d = load_wide(g, i + whole, rest, WIDE), load_wide(x, i + whole, rest, WIDE) - mu
-            u = v * factor
-            store_part(dx, i + whole, fma(u, load_wide(weight, whole, rest, WIDE), fma(d, tilt, term)), rest)
-            store_part(dweight, whole, fma(u, d, load_wide(dweight, whole, rest, WIDE)), rest)
-            store_part(dbias, whole, v + load_wide(dbias, whole, rest, WIDE), rest)
+            _affine_vjp(g, x, i + whole, mu, factor, tilt, term, weight, whole, dx, dweight, dbias, rest)
 
 
 @kernel(exact=True, floats="g x mean scale weight dx dweight dbias")
@@ -237,7 +248,7 @@ def _layer_norm_vjp(g, x, mean, scale, weight, dx, dweight, dbias):
     dbias[:] = 0
     if x.size == 0:
         return
-    if SHORT < x.shape[1] * x.itemsize <= LONG:
+    if SHORT < x.shape[1] * x.itemsize <= PAGE:
         _one_by_one_vjp(g, x, mean, scale, weight, dx, dweight, dbias)
         return
     whole = len(x) // ROWS_VJP * ROWS_VJP

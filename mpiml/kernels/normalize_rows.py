@@ -12,6 +12,7 @@ the next ones; those left over one by one.
 import numpy as np
 from numba.extending import register_jitable
 
+from .aligned import PAGE
 from .jit import kernel
 from .simd import (
     at,
@@ -30,7 +31,6 @@ from .simd import (
 from .tile import dot_tile, load_tile, tile_fma, tile_multiply, tile_subtract, tile_where_positive
 
 RUNS = 4  # of a channel that are added up at once: their sums are loaded and stored that much less often
-PAGE = 1 << 12  # bytes
 
 
 @register_jitable
